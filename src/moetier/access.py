@@ -1,0 +1,40 @@
+"""The words the residency core speaks: which expert, which access, in which phase.
+
+Knows nothing about bytes, devices or time in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class ExpertKey(NamedTuple):
+    """One expert of one MoE layer. `layer` counts MoE layers only, from 0, in the order a forward visits them."""
+
+    layer: int
+    expert: int
+
+
+class Phase(IntEnum):
+    """What kind of step an access belongs to; admission policies look at it."""
+
+    PREFILL = 0
+    DECODE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One (step, layer): the union of the experts that the step's tokens need there.
+
+    An access is atomic: its keys are classified together against residency at its start, and none of them is evicted
+    while the access still needs it. New facts become new fields here, never new parameters of policy hooks.
+    """
+
+    time: int  # number of this access since the model was loaded; strictly increasing
+    layer: int
+    keys: tuple[ExpertKey, ...]  # distinct, ascending by expert
+    tokens: tuple[int, ...] = ()  # tokens routed to each key, in the order of `keys`; empty if unknown
+    phase: Phase = Phase.DECODE
+    sequence: int = 0  # which stream of tokens, for policies that keep per-sequence records

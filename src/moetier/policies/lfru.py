@@ -1,0 +1,42 @@
+"""LFRU: evict the lowest frequency over age (arXiv 2608.07911; vLLM pull request 37190)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from moetier.access import Access, ExpertKey
+from moetier.policies.ranking import ResidentIndex
+
+
+class LFRU:
+    """Least frequently and recently used: score = uses / (now - last + 1), lowest first. Counts are lifetime counts."""
+
+    def __init__(self, layers: int, experts: int, slots: int):
+        self._residents = ResidentIndex(experts, slots)
+        self._uses = np.zeros(layers * experts)
+        self._last = np.zeros(layers * experts)
+
+    def on_access(self, access: Access) -> None:
+        """Nothing to learn beyond hits and inserts."""
+
+    def on_insert(self, key: ExpertKey, access: Access) -> None:
+        """Count a use and start ranking the key."""
+        self._residents.add(self._residents.id(key))
+        self.on_hit(key, access)
+
+    def on_hit(self, key: ExpertKey, access: Access) -> None:
+        """Count a use."""
+        identity = self._residents.id(key)
+        self._uses[identity] += 1
+        self._last[identity] = access.time
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """Stop ranking the key; its count stays."""
+        self._residents.remove(self._residents.id(key))
+
+    def victims(self, access: Access) -> Iterator[ExpertKey]:
+        """Lowest frequency over age first."""
+        ids = self._residents.ids()
+        return self._residents.ascending(self._uses[ids] / (access.time + 1.0 - self._last[ids]))
