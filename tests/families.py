@@ -31,12 +31,13 @@ _BASE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _HEAD: dict[str, Any] = {"head_dim": 16}
+# The widths of the experts are chosen so that no two sides of a matrix are equal: a wrong layout shows.
 _MIXTRAL: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 48}
-_QWEN: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_QWEN: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 _DEEPSEEK: dict[str, Any] = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 3,
-    "moe_intermediate_size": 32,
+    "moe_intermediate_size": 40,
     "n_shared_experts": 1,
     "n_group": 2,
     "topk_group": 1,
@@ -131,14 +132,14 @@ _ALL: list[Family] = [
     _family("granitemoe_swa", "GraniteMoeSWA", _MIXTRAL, _SLIDING, shared_intermediate_size=32),
     _family("granitemoehybrid", "GraniteMoeHybrid", _MIXTRAL, shared_intermediate_size=32, mamba_n_heads=4,
             mamba_d_state=16, mamba_chunk_size=8, layer_types=["mamba", "attention", "mamba"]),
-    _family("olmoe", "Olmoe", _QWEN, intermediate_size=32),
-    _family("flex_olmo", "FlexOlmo", _QWEN, intermediate_size=32),
-    _family("hunyuan_v1_moe", "HunYuanMoEV1", _HEAD, num_experts=8, moe_topk=2, intermediate_size=32),
+    _family("olmoe", "Olmoe", _QWEN, intermediate_size=40),
+    _family("flex_olmo", "FlexOlmo", _QWEN, intermediate_size=40),
+    _family("hunyuan_v1_moe", "HunYuanMoEV1", _HEAD, num_experts=8, moe_topk=2, intermediate_size=40),
     _family("jamba", "Jamba", num_experts=8, num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1,
             expert_layer_period=2, expert_layer_offset=0, mamba_d_state=8, use_mamba_kernels=False,
             intermediate_size=48),
     Family("aria_text", "AriaTextConfig", "AriaTextForCausalLM",
-           _BASE | {"moe_num_experts": 8, "moe_topk": 2, "intermediate_size": 32}, note="transposed"),
+           _BASE | {"moe_num_experts": 8, "moe_topk": 2, "intermediate_size": 40}, note="transposed"),
     # A width for the dense layers and one for the experts, as in Qwen.
     _family("qwen2_moe", "Qwen2Moe", _QWEN, _SHARED),
     _family("qwen3_moe", "Qwen3Moe", _QWEN, _HEAD),
@@ -154,22 +155,22 @@ _ALL: list[Family] = [
     _family("beam", "Beam", _QWEN, _HEAD, _SLIDING, _DENSE_FIRST, n_group=2, topk_group=1, note="own gate"),
     _family("afmoe", "Afmoe", _QWEN, _HEAD, _SLIDING, num_dense_layers=1, num_shared_experts=1),
     _family("exaone_moe", "ExaoneMoe", _QWEN, _SLIDING, _DENSE_FIRST, num_shared_experts=1),
-    _family("cohere2_moe", "Cohere2Moe", _QWEN, _HEAD, _SLIDING, intermediate_size=32, num_shared_experts=1,
+    _family("cohere2_moe", "Cohere2Moe", _QWEN, _HEAD, _SLIDING, intermediate_size=40, num_shared_experts=1,
             prefix_dense_intermediate_size=96, logit_scale=1.0),
     _family("hy_v3", "HYV3", _QWEN, _HEAD, num_shared_experts=1),
     _family("zaya", "Zaya", _QWEN, _HEAD, num_hidden_layers=4, router_hidden_size=32, num_experts_per_tok=1,
             note="one expert per token"),
     _family("lfm2_moe", "Lfm2Moe", _QWEN, num_dense_layers=1, layer_types=["conv", "full_attention", "conv"]),
     _family("gemma4_text", "Gemma4Text", _HEAD, _SLIDING, num_experts=8, top_k_experts=2,
-            moe_intermediate_size=32, enable_moe_block=True, hidden_size_per_layer_input=0,
+            moe_intermediate_size=40, enable_moe_block=True, hidden_size_per_layer_input=0,
             global_head_dim=16, num_global_key_value_heads=2, note="experts beside the dense MLP"),
-    _family("ernie4_5_moe", "Ernie4_5_Moe", moe_num_experts=8, moe_k=3, moe_intermediate_size=32,
+    _family("ernie4_5_moe", "Ernie4_5_Moe", moe_num_experts=8, moe_k=3, moe_intermediate_size=40,
             moe_num_shared_experts=1),
     # Shared experts, groups of experts and low-rank attention, as in DeepSeek.
     _family("deepseek_v2", "DeepseekV2", _UNGROUPED, _MLA, first_k_dense_replace=1),
     _family("deepseek_v3", "DeepseekV3", _DEEPSEEK, _MLA, first_k_dense_replace=1),
     _family("deepseek_v32", "DeepseekV32", _DEEPSEEK, _MLA, _DSA, _DENSE_FIRST),
-    _family("deepseek_v4", "DeepseekV4", _UNGROUPED, intermediate_size=32, head_dim=32, num_key_value_heads=1,
+    _family("deepseek_v4", "DeepseekV4", _UNGROUPED, intermediate_size=40, head_dim=32, num_key_value_heads=1,
             q_lora_rank=32, hc_mult=2, o_groups=2, o_lora_rank=16, index_n_heads=2, index_head_dim=32,
             index_topk=4, sliding_window=8, mlp_layer_types=["hash_moe", "moe", "moe"],
             layer_types=["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
@@ -203,7 +204,7 @@ _ALL: list[Family] = [
             index_topk_blocks=2, layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
             note="own gate"),
     _family("inkling_text", "InklingText", _UNGROUPED, _HEAD, _INKLING, _DENSE_FIRST,
-            logits_mup_width_multiplier=1.0, note="stored fused, gate and up interleaved"),
+            logits_mup_width_multiplier=1.0),
     _family("inkling2_text", "Inkling2Text", _UNGROUPED, _HEAD, _INKLING, unpadded_vocab_size=VOCAB,
             n_layers_per_attn_res_block=2, note="own gate; stored fused, gate and up interleaved"),
     # Image models, run on text alone.
@@ -218,12 +219,12 @@ _ALL: list[Family] = [
         "layer_types": _DELTA["layer_types"],
     }, _VISION | {"projection_intermediate_size": 32}, note="own gate"),
     _composite("muse_spark", "MuseSpark", _BASE | _MIXTRAL | _HEAD | {
-        "moe_intermediate_size": 32, "moe_hidden_size": 48, "output_multiplier": 1.0, **_DENSE_FIRST,
+        "moe_intermediate_size": 40, "moe_hidden_size": 48, "output_multiplier": 1.0, **_DENSE_FIRST,
     }, _VISION_HF, out_hidden_size=32, projector_hidden_size=32,
                audio_config={"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1], "out_hidden_size": 64},
                note="norm after each expert; experts in a latent space"),
     _composite("ernie4_5_vl_moe", "Ernie4_5_VLMoe", _BASE | {
-        "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": [32, 16], "moe_num_shared_experts": 1,
+        "moe_num_experts": 8, "moe_k": 3, "moe_intermediate_size": [40, 16], "moe_num_shared_experts": 1,
         "rope_parameters": {"rope_theta": 1e4, "mrope_section": [3, 3, 2]},
     } | _DENSE_FIRST, _VISION, tie_word_embeddings=False, note="two experts modules in each layer"),
     _composite("mistral_large4", "MistralLarge4", _BASE | _DEEPSEEK | _MLA | _DSA | {"first_k_dense_replace": 1},
