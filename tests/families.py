@@ -210,7 +210,7 @@ _ALL: list[Family] = [
     # Image models, run on text alone.
     _composite("qwen3_vl_moe", "Qwen3VLMoe", _BASE | _QWEN | _HEAD,
                _VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-               note="stored fused and transposed"),
+               note="fused; the hub stores it transposed, save_pretrained does not"),
     _composite("glm4v_moe", "Glm4vMoe", _BASE | _DEEPSEEK | {
         "first_k_dense_replace": 1, "rope_parameters": {"rope_theta": 1e4, "mrope_section": [2, 1, 1]},
     }, _VISION),
