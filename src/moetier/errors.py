@@ -1,11 +1,11 @@
 """The errors a user can meet. Each message names the file, key or flag at fault and the way out.
 
-    MoetierError
-    ├── ConfigError        a flag or argument that cannot be used (unknown policy, bad size)
-    ├── CapacityError      a budget below the smallest that works; carries that minimum
-    ├── UnsupportedModelError  not an MoE, or a family without the experts interface
-    └── StoreError         the bytes: missing, damaged or unreadable files
-        └── CheckpointError    a checkpoint that is malformed or disagrees with its config
+MoetierError
+├── ConfigError        a flag or argument that cannot be used (unknown policy, bad size)
+├── CapacityError      a budget below the smallest that works; carries that minimum
+├── UnsupportedModelError  not an MoE, or a family without the experts interface
+└── StoreError         the bytes: missing, damaged or unreadable files
+    └── CheckpointError    a checkpoint that is malformed or disagrees with its config
 """
 
 from __future__ import annotations

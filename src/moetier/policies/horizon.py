@@ -50,14 +50,14 @@ class Horizon:
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Start ranking the key."""
-        self._residents.add(self._residents.id(key))
+        self._residents.add(key[0] * self._experts + key[1])
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
         """Nothing: `on_access` has already seen it."""
 
     def on_remove(self, key: ExpertKey) -> None:
         """Stop ranking the key; what was learnt stays."""
-        self._residents.remove(self._residents.id(key))
+        self._residents.remove(key[0] * self._experts + key[1])
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Farthest next use first."""

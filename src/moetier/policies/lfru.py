@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,32 +12,35 @@ from moetier.policies.ranking import ResidentIndex
 
 
 class LFRU:
-    """Least frequently and recently used: score = uses / (now - last + 1), lowest first. Counts are lifetime counts."""
+    """Least frequently and recently used: score = uses / (now - last + 1), lowest first; lifetime counts."""
 
     def __init__(self, layers: int, experts: int, slots: int):
+        self._experts = experts
         self._residents = ResidentIndex(experts, slots)
-        self._uses = np.zeros(layers * experts)
-        self._last = np.zeros(layers * experts)
+        self._uses = array("d", bytes(8 * layers * experts))
+        self._last = array("d", bytes(8 * layers * experts))
+        self._uses_view, self._last_view = np.frombuffer(self._uses), np.frombuffer(self._last)
 
     def on_access(self, access: Access) -> None:
         """Nothing to learn beyond hits and inserts."""
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Count a use and start ranking the key."""
-        self._residents.add(self._residents.id(key))
+        self._residents.add(key[0] * self._experts + key[1])
         self.on_hit(key, access)
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
         """Count a use."""
-        identity = self._residents.id(key)
+        identity = key[0] * self._experts + key[1]
         self._uses[identity] += 1
         self._last[identity] = access.time
 
     def on_remove(self, key: ExpertKey) -> None:
         """Stop ranking the key; its count stays."""
-        self._residents.remove(self._residents.id(key))
+        self._residents.remove(key[0] * self._experts + key[1])
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Lowest frequency over age first."""
         ids = self._residents.ids()
-        return self._residents.ascending(self._uses[ids] / (access.time + 1.0 - self._last[ids]))
+        age = access.time + 1.0 - self._last_view.take(ids)
+        return self._residents.ascending(self._uses_view.take(ids) / age)
