@@ -1,1 +1,64 @@
-"""moetier: run Mixture-of-Experts models whose experts do not fit in fast memory."""
+"""moetier: run Mixture-of-Experts models whose experts do not fit in fast memory.
+
+The torch-free half (`access`, `residency`, `policies`, `plan`, …) can be imported without torch; the names below that
+need torch are loaded on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moetier.access import Access, ExpertKey, Phase
+from moetier.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    MoetierError,
+    StoreError,
+    UnsupportedModelError,
+)
+from moetier.plan import Machine, Plan, Workload, make_plan
+from moetier.policies import POLICIES
+from moetier.residency import Residency
+from moetier.tiers import TierConfig
+
+if TYPE_CHECKING:
+    from moetier.hf import Options, TieredExpertsConfig
+    from moetier.loading import from_pretrained
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "POLICIES",
+    "Access",
+    "CapacityError",
+    "CheckpointError",
+    "ConfigError",
+    "ExpertKey",
+    "Machine",
+    "MoetierError",
+    "Options",
+    "Phase",
+    "Plan",
+    "Residency",
+    "StoreError",
+    "TierConfig",
+    "TieredExpertsConfig",
+    "UnsupportedModelError",
+    "Workload",
+    "from_pretrained",
+    "make_plan",
+]
+
+_LAZY = {
+    "Options": "moetier.hf",
+    "TieredExpertsConfig": "moetier.hf",
+    "from_pretrained": "moetier.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

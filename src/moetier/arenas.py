@@ -1,0 +1,109 @@
+"""Arenas: one allocation per tier, cut into equal slots, with tensor views of the records in them.
+
+Knows addresses and devices; decides nothing. On a GPU it also keeps the fences that order copies against kernels.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+from typing import Any
+
+import torch
+
+from moetier.access import ExpertKey
+from moetier.record import PAGE, RecordLayout, round_up
+
+
+class HostArena:
+    """Slots in host memory, page aligned; page locked when a GPU copies from them."""
+
+    def __init__(self, slots: int, slot_nbytes: int, page_locked: bool = False):
+        self.slots, self.slot_nbytes = slots, slot_nbytes
+        self.device = torch.device("cpu")
+        self.page_locked = False
+        if page_locked:
+            try:
+                self._bytes = torch.empty(slots * slot_nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
+                self._bytes = self._bytes[-self._bytes.data_ptr() % PAGE :][: slots * slot_nbytes]
+                self.page_locked = True
+            except RuntimeError as error:
+                warnings.warn(
+                    f"host memory could not be page locked ({error}); copies to the GPU will be slower. "
+                    "Raise the locked-memory limit (ulimit -l) or lower host_memory.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        if not self.page_locked:
+            pages = mmap.mmap(-1, slots * slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                pages.madvise(mmap.MADV_HUGEPAGE)  # expert weights are streamed: fewer TLB misses
+            self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        self._memory = memoryview(self._bytes.numpy())
+        self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
+
+    def memory(self, slot: int, phase: int, nbytes: int) -> memoryview:
+        """The writable bytes of a record that starts `phase` bytes into a slot."""
+        begin = slot * self.slot_nbytes + phase
+        return self._memory[begin : begin + nbytes]
+
+    def record(self, slot: int, phase: int, nbytes: int) -> torch.Tensor:
+        """The same bytes as a flat uint8 tensor."""
+        begin = slot * self.slot_nbytes + phase
+        return self._bytes[begin : begin + nbytes]
+
+    def views(self, slot: int, key: ExpertKey, layout: RecordLayout, phase: int) -> dict[str, torch.Tensor]:
+        """The record's fields; kept until the slot holds another key, because making views costs microseconds."""
+        known = self._views[slot]
+        if known is not None and known[0] == key:
+            return known[1]
+        views = layout.views(self.record(slot, phase, layout.nbytes))
+        self._views[slot] = (key, views)
+        return views
+
+
+class DeviceArena:
+    """Slots in GPU memory. Copies run on their own stream.
+
+    Two fences order them against the math, both recorded on the compute stream or waited for by it, so the host never
+    blocks on the device: a slot is filled only after the kernels that last read it (`release` records an event that
+    the next copy into the slot waits for), and kernels start only after the copy (`fill` returns when it is done).
+    """
+
+    def __init__(self, slots: int, slot_nbytes: int, device: torch.device):
+        self.slots, self.device = slots, device
+        self.slot_nbytes = round_up(slot_nbytes, 512)  # what the caching allocator rounds to
+        self._bytes = torch.empty(slots * self.slot_nbytes, dtype=torch.uint8, device=device)
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._last_use: list[Any] = [None] * slots
+        self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
+
+    def record(self, slot: int, nbytes: int) -> torch.Tensor:
+        """The bytes of the record in a slot, as a flat uint8 tensor on the device."""
+        begin = slot * self.slot_nbytes
+        return self._bytes[begin : begin + nbytes]
+
+    def fill(self, slot: int, source: torch.Tensor) -> None:
+        """Copy a record from (page-locked) host memory; returns when the source may be reused. Called by a worker."""
+        with torch.cuda.stream(self._stream):
+            if self._last_use[slot] is not None:
+                self._stream.wait_event(self._last_use[slot])
+            self.record(slot, source.numel()).copy_(source, non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)  # type: ignore[no-untyped-call]
+        done.synchronize()  # type: ignore[no-untyped-call]  # this worker only; the compute stream goes on
+
+    def used(self, slot: int) -> None:
+        """The kernels queued so far on the compute stream read this slot."""
+        event = self._last_use[slot] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        self._last_use[slot] = event
+
+    def views(self, slot: int, key: ExpertKey, layout: RecordLayout) -> dict[str, torch.Tensor]:
+        """The record's fields on the device."""
+        known = self._views[slot]
+        if known is not None and known[0] == key:
+            return known[1]
+        views = layout.views(self.record(slot, layout.nbytes))
+        self._views[slot] = (key, views)
+        return views

@@ -1,0 +1,187 @@
+"""The expert cache: `stream(access)` yields leases on experts as they become ready. The one hot-path primitive.
+
+It joins the residency core (decisions) with the mover (bytes) under one lock that is never held while bytes move. The
+thread that waits for an expert is the one that tells the core what has arrived; there is no dispatcher.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moetier.access import Access, ExpertKey
+from moetier.arenas import DeviceArena, HostArena
+from moetier.errors import CapacityError, MoetierError
+from moetier.mover import ThreadMover
+from moetier.residency import Residency
+from moetier.stores import ExpertStore
+from moetier.tiers import Ticket
+
+if TYPE_CHECKING:
+    from moetier.eventlog import Recorder
+
+
+class Lease:
+    """An expert that is in tier 0 and stays there until the stream moves on. `fields` are views, not copies."""
+
+    __slots__ = ("fields", "key")
+
+    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor]):
+        self.key = key
+        self.fields = fields
+
+
+class ExpertCache:
+    """Experts of one store, cached in a host arena and, if given, a device arena above it."""
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        core: Residency | Recorder,
+        host: HostArena,
+        device: DeviceArena | None = None,
+        readers: int = 4,
+    ):
+        self.store, self.core, self.host, self.device = store, core, host, device
+        self._condition = threading.Condition()  # re-entrant: the mover may end a copy at once
+        self.mover = ThreadMover(store, host, device, self._condition, readers)
+        self._errors: dict[int, BaseException] = {}
+        self._owners: dict[int, int] = {}  # live ticket -> thread
+        self._closed = False
+        self.wait_seconds = 0.0  # T_wait: nothing to compute, an expert is on its way
+        self.compute_seconds = 0.0  # T_compute: the caller works on a lease (on a GPU: launches)
+        self.decide_seconds = 0.0  # in the core and the queues
+
+    def stream(self, access: Access) -> Iterator[Lease]:
+        """Yield a lease on every expert of the access exactly once, in the order they become ready.
+
+        Residents come first, so their math overlaps the loads of the others. A lease ends when the next one is asked
+        for. Raises `StoreError` if an expert cannot be read; the cache stays usable.
+        """
+        clock = time.perf_counter
+        begin = clock()
+        with self._condition:
+            if self._closed:
+                raise MoetierError("the expert cache is closed")
+            ticket = self.core.acquire(access)
+            self._owners[ticket.number] = threading.get_ident()
+            self._start_orders()
+        held: ExpertKey | None = None
+        try:
+            while True:
+                with self._condition:
+                    if held is not None:
+                        self._release(ticket, held)
+                        held = None
+                    if not ticket.ready:
+                        if ticket.done:
+                            self.decide_seconds += clock() - begin
+                            return
+                        self.decide_seconds += clock() - begin
+                        begin = clock()
+                        self._wait(ticket)
+                        self.wait_seconds += clock() - begin
+                        begin = clock()
+                    held = ticket.ready.popleft()
+                    slot = self.core.place(held).slot
+                fields = self._fields(held, slot)
+                now = clock()
+                self.decide_seconds += now - begin
+                yield Lease(held, fields)
+                begin = clock()
+                self.compute_seconds += begin - now
+        finally:
+            with self._condition:
+                self._owners.pop(ticket.number, None)
+                if held is not None and self.device is not None:
+                    self.device.used(self.core.place(held).slot)
+                if not ticket.done:
+                    self.core.abort(ticket)
+                    self._start_orders()
+                    self._condition.notify_all()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
+        with self._condition:
+            counters: dict[str, Any] = dict(self.core.counters())
+        counters["links"] = {
+            link.name: {"bytes": link.nbytes, "busy_seconds": link.busy_seconds, "copies": link.copies}
+            for link in self.mover.links
+        }
+        counters["seconds"] = {
+            "wait": self.wait_seconds,
+            "compute": self.compute_seconds,
+            "decide": self.decide_seconds,
+        }
+        return counters
+
+    def close(self) -> None:
+        """Stop the threads and close the files. Streams asked for afterwards raise."""
+        with self._condition:
+            self._closed = True
+        self.mover.close()
+        self.store.close()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- all below: holding the condition -----------------------------------------------------------------------------
+
+    def _start_orders(self) -> None:
+        orders = self.core.take()
+        if orders:
+            self.mover.start(orders)
+        if self.core.promoted:
+            self.mover.promote(self.core.promoted)
+            self.core.promoted.clear()
+
+    def _release(self, ticket: Ticket, key: ExpertKey) -> None:
+        if self.device is not None:
+            self.device.used(self.core.place(key).slot)
+        self.core.release(ticket, key)
+        self._start_orders()
+        if len(self._owners) > 1:  # another stream may wait for this slot
+            self._condition.notify_all()
+
+    def _drain(self) -> None:
+        while self.mover.done:
+            flight = self.mover.done.popleft()
+            if flight.error is not None:
+                self._errors[flight.copy.id] = flight.error
+            self.core.completed(flight.copy.id, flight.error is None)
+        self._start_orders()
+
+    def _wait(self, ticket: Ticket) -> None:
+        """Until the ticket has a ready expert."""
+        while True:
+            self._drain()
+            if ticket.failed is not None:
+                raise self._error(ticket.failed)
+            if ticket.ready:
+                return
+            if not self.core.busy and set(self._owners.values()) == {threading.get_ident()}:
+                raise CapacityError(
+                    "all slots are leased by streams that this thread left open; finish them first, or give more slots",
+                    minimum_slots=self.core.configs[0].slots + len(ticket.waiting),
+                )
+            self._condition.wait()
+
+    def _error(self, copy_id: int) -> BaseException:
+        error = self._errors.get(copy_id)
+        return error if error is not None else MoetierError(f"copy {copy_id} was not made because one before it failed")
+
+    def _fields(self, key: ExpertKey, slot: int) -> dict[str, torch.Tensor]:
+        layout = self.store.layout(key.layer)
+        if self.device is not None:
+            return self.device.views(slot, key, layout)
+        return self.host.views(slot, key, layout, self.store.phase(key))

@@ -1,0 +1,366 @@
+"""The transformers hook: load any MoE checkpoint without its experts, and serve them from the cache.
+
+Two doors lead in. `moetier.from_pretrained(path, ...)` checks the checkpoint and loads it; plain
+`AutoModelForCausalLM.from_pretrained(path, quantization_config=TieredExpertsConfig(...))` does the same through the
+quantizer interface of transformers. What comes back is the ordinary model: only its experts modules have lost their
+stacked parameters and compute through the `moetier` experts implementation.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import build_glob_alternation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from moetier.access import Access, ExpertKey, Phase
+from moetier.arenas import DeviceArena, HostArena
+from moetier.cache import ExpertCache
+from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
+from moetier.eventlog import EventLog, Recorder
+from moetier.experts import Routing, forward_from_leases, keys_of
+from moetier.machine import default_device_nbytes, default_host_nbytes
+from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
+from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
+from moetier.policies import make_admission, make_policy
+from moetier.residency import Residency
+from moetier.saving import save_streaming
+from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
+from moetier.stores.checkpoint import CheckpointStore, IOMode
+from moetier.stores.shards import Shards
+from moetier.tiers import TierConfig
+
+NAME = "moetier"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to tier a model's experts. Sizes are bytes or text such as "8GiB"; None means what the machine can spare.
+
+    `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
+    names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
+    """
+
+    device_memory: str | int | None = None
+    host_memory: str | int | None = None
+    slots: str | int | None = None
+    policy: str = "horizon"
+    admission: str = "decode-only"
+    context: int = 4096
+    readers: int = 4
+    io: IOMode = "auto"
+    record_events: bool = False
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be known to be wrong without a model."""
+        make_policy(self.policy, 1, 1, 1)
+        make_admission(self.admission)
+        for name in ("device_memory", "host_memory"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_size(value, name)
+        if self.io not in ("auto", "direct", "buffered"):
+            raise ConfigError(f"io: {self.io!r} is unknown; choose auto, direct or buffered")
+        if self.readers < 1:
+            raise ConfigError(f"readers: at least 1 thread is needed, got {self.readers}")
+        if self.context < 1:
+            raise ConfigError(f"context: at least 1 token is needed, got {self.context}")
+
+
+@register_quantization_config(NAME)
+class TieredExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Ask `from_pretrained` of transformers to keep a model's experts out of core; takes the fields of `Options`."""
+
+    def __init__(self, **options: Any):
+        options.pop("quant_method", None)
+        self.quant_method = NAME
+        try:
+            self.options = Options(**options)
+        except TypeError as error:
+            known = ", ".join(Options.__dataclass_fields__)
+            raise ConfigError(f"TieredExpertsConfig: {error}; known options: {known}") from None
+        self.options.check()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options as a plain dictionary."""
+        return {"quant_method": NAME, **asdict(self.options)}
+
+
+class TieredExperts:
+    """A model's tiered experts: the cache, the plan it follows, and where each experts module gets its records.
+
+    Reachable as `model.moetier`.
+    """
+
+    def __init__(self, cache: ExpertCache, plan: Plan, layers: list[LayerMap], recorder: Recorder | None):
+        self.cache, self.plan, self.layers = cache, plan, layers
+        self._recorder = recorder
+        self._clock = 0
+        self._phase = Phase.DECODE
+
+    def forward(
+        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One access: [T, H] hidden states through the experts that `index` [T, K] names."""
+        arena = self.cache.device or self.cache.host
+        if hidden.device != arena.device:
+            raise ConfigError(
+                f"the model computes on {hidden.device} but its experts are tiered on {arena.device}; "
+                "choose the device when loading (device_map), not afterwards"
+            )
+        routing = Routing(index, weights)
+        self._clock += 1
+        keys, tokens = keys_of(layer, routing)
+        access = Access(self._clock, layer, keys, tokens, self._phase)
+        return forward_from_leases(module, hidden, routing, self.cache.stream(access))
+
+    def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: a step of more than one token per sequence is a prefill."""
+        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        if isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
+            self._phase = Phase.PREFILL if tokens.shape[1] > 1 else Phase.DECODE
+
+    def stats(self) -> dict[str, Any]:
+        """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
+        return self.cache.stats()
+
+    def events(self) -> EventLog:
+        """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
+        if self._recorder is None:
+            raise ConfigError("events were not recorded; load the model with record_events=True")
+        return self._recorder.log
+
+    def close(self) -> None:
+        """Stop the reader threads and close the files. The model cannot run afterwards."""
+        self.cache.close()
+
+
+def moetier_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts implementation that transformers calls: `self` is an experts module bound to its layer."""
+    if hidden_states.is_meta:  # sizing runs the model without data
+        return torch.empty_like(hidden_states)
+    if getattr(self, "_is_expert_parallel", False):
+        raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
+    tiered, layer = self._moetier
+    result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, moetier_experts_forward)
+
+
+def find_experts(model: Any) -> list[tuple[str, Any]]:
+    """The experts modules in the order a forward visits them. Raises `UnsupportedModelError` if there are none."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if all(hasattr(module, flag) for flag in ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm"))
+        and hasattr(type(module).forward, "__wrapped__")
+    ]
+    if found:
+        return found
+    kind = type(model).__name__
+    lookalikes = sorted({type(m).__name__ for _, m in model.named_modules() if "expert" in type(m).__name__.lower()})
+    text_config = model.config.get_text_config()
+    counts = [n for n in vars(text_config) if re.search(r"num_(local_)?experts$|n_routed_experts|moe_num_experts", n)]
+    if lookalikes or counts:
+        raise UnsupportedModelError(
+            f"{kind} ({model.config.model_type}) has experts ({', '.join(lookalikes or counts)}) that do not use the "
+            "experts interface of transformers, so they cannot be taken out of core; see docs/families.md"
+        )
+    raise UnsupportedModelError(
+        f"{kind} ({model.config.model_type}) is not a Mixture-of-Experts model; load it with transformers directly"
+    )
+
+
+@register_quantizer(NAME)
+class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
+    """The door into `from_pretrained`: drops the experts while the model has no data, binds the cache afterwards.
+
+    It quantises nothing, and removes its traces: the loaded model is not marked as quantised.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: TieredExpertsConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.options = quantization_config.options
+        self._modules: list[tuple[str, Any]] = []
+        self._maps: list[LayerMap] = []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tiered experts are frozen."""
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Saved as an ordinary checkpoint."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, dtype: Any = None, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
+            raise ConfigError("moetier reads safetensors checkpoints only; pass the folder or hub id of one")
+        self._modules = find_experts(model)
+        self._shards = Shards.from_files([Path(file) for file in checkpoint_files])
+        self._maps, self._top_k = map_experts(model, self._modules, self._shards, dtype)
+        detach_experts(model, self._modules)
+        self._kv_nbytes = kv_nbytes(model, self.options.context)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_is_quantized"):
+                del module.config._is_quantized
+        return model
+
+
+def map_experts(model: Any, modules: list[tuple[str, Any]], shards: Shards, dtype: Any) -> tuple[list[LayerMap], int]:
+    """Per experts module, where its experts' bytes are; and the experts a token uses."""
+    dtype_of = _dtype_plan(model, dtype)
+    checkpoint = CheckpointMap(model, shards)
+    maps = [checkpoint.layer(expert_parameters(name, module, dtype_of)) for name, module in modules]
+    return maps, top_k_of(model, modules)
+
+
+def _dtype_plan(model: Any, dtype: Any) -> Callable[[str, torch.dtype], torch.dtype]:
+    """The dtype that loading gives a parameter: the model's own, unless a module is kept in another."""
+    plan = model._get_dtype_plan(dtype) if dtype is not None else {}
+    if not plan:
+        return lambda name, own: own
+    pattern, glob_of, _ = build_glob_alternation(list(plan))
+
+    def dtype_of(name: str, own: torch.dtype) -> torch.dtype:
+        match = pattern.search(name)
+        return plan[glob_of[match.lastgroup]] if match is not None else own
+
+    return dtype_of
+
+
+def detach_experts(model: Any, modules: list[tuple[str, Any]]) -> None:
+    """Take the stacked parameters away, before anything is allocated for them."""
+    unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
+    for name, module in modules:
+        for field in [n for n, p in module._parameters.items() if p is not None and n in _stacked(module)]:
+            del module._parameters[field]
+            unexpected.add(rf"^{re.escape(name)}\.{re.escape(field)}$")
+        module._is_hf_initialized = True
+        module.config._experts_implementation_internal = NAME
+    model.config._experts_implementation_internal = NAME
+    model._keys_to_ignore_on_load_unexpected = unexpected
+
+
+def _stacked(module: Any) -> set[str]:
+    from moetier.experts import per_expert_parameters
+
+    return set(per_expert_parameters(module))
+
+
+def attach_cache(
+    model: Any,
+    modules: list[tuple[str, Any]],
+    maps: list[LayerMap],
+    shards: Shards,
+    options: Options,
+    top_k: int,
+    kv: int,
+) -> None:
+    """Allocate the arenas by the plan, and bind every experts module to its layer."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
+    device = devices.pop()
+    store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    try:
+        plan = make_plan(
+            Workload(
+                layers=len(maps),
+                records=store.records,
+                top_k=top_k,
+                record_nbytes=record_nbytes(maps),
+                slot_nbytes=store.slot_nbytes,
+                resident_nbytes=resident_nbytes(model),
+                kv_nbytes=kv,
+                context=options.context,
+                workspace_nbytes=workspace_nbytes(options.readers),
+            ),
+            budgets(options, device, store.records),
+            None if options.slots is None else parse_slots(options.slots, store.records),
+        )
+        if plan.status is Status.BUDGET_EXHAUSTED:
+            raise CapacityError(plan.advice, minimum_slots=1)
+        cache, recorder = build_cache(store, plan, options, device)
+    except BaseException:
+        store.close()
+        raise
+    tiered = TieredExperts(cache, plan, maps, recorder)
+    for layer, (_, module) in enumerate(modules):
+        object.__setattr__(module, "_moetier", (tiered, layer))
+    object.__setattr__(model, "moetier", tiered)
+    model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
+    save_streaming(model, shards, maps)
+
+
+def resident_nbytes(model: Any) -> int:
+    """Bytes of all weights and buffers that stay in memory, shared ones counted once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
+    return sum(tensors.values())
+
+
+def budgets(options: Options, device: torch.device, records: int) -> Machine:
+    """The options' memory budgets, or what the machine can spare."""
+    host = default_host_nbytes() if options.host_memory is None else parse_size(options.host_memory, "host_memory")
+    if device.type == "cpu":
+        return Machine(host)
+    if options.device_memory is None:
+        return Machine(host, default_device_nbytes(device))
+    return Machine(host, parse_size(options.device_memory, "device_memory"))
+
+
+def build_cache(
+    store: CheckpointStore, plan: Plan, options: Options, device: torch.device
+) -> tuple[ExpertCache, Recorder | None]:
+    """Arenas, residency core and cache for a plan."""
+    on_gpu = device.type != "cpu"
+    top_k, layers = plan.workload.top_k, plan.workload.layers
+    configs = []
+    for tier in plan.tiers:
+        everything_fits = tier.slots >= store.records
+        roomy = tier.slots >= 16 and not everything_fits
+        configs.append(
+            TierConfig(
+                slots=tier.slots,
+                policy=options.policy,
+                admission=options.admission if roomy else "always",
+                staging=min(top_k, tier.slots // 8) if roomy and options.admission != "always" else 0,
+                floor=0 if everything_fits else min(top_k, tier.slots // (2 * layers)),
+            )
+        )
+    core: Residency | Recorder = Residency(configs, store.layers, store.experts)
+    recorder = None
+    if options.record_events:
+        core = recorder = Recorder(core)
+    host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)
+    arena = DeviceArena(plan.tiers[0].slots, store.slot_nbytes, device) if on_gpu else None
+    return ExpertCache(store, core, host, arena, options.readers), recorder
+
+
+def key_count(maps: list[LayerMap]) -> int:
+    """Experts over all layers."""
+    return sum(len(m.recipes) for m in maps)
+
+
+__all__ = ["ExpertKey", "Options", "TieredExperts", "TieredExpertsConfig", "find_experts"]

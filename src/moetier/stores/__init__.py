@@ -1,0 +1,42 @@
+"""Stores: where every expert's bytes are at home."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from moetier.access import ExpertKey
+from moetier.record import RecordLayout
+
+
+class ExpertStore(Protocol):
+    """Home of all records. Reads may come from many threads at once; each part of a record is read on its own."""
+
+    @property
+    def layers(self) -> int:
+        """MoE layers."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of the layer that has most."""
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes a slot needs to hold any record at any phase, a multiple of the page size."""
+
+    def layout(self, layer: int) -> RecordLayout:
+        """How the records of a layer lie in a slot."""
+
+    def phase(self, key: ExpertKey) -> int:
+        """Where in its page-aligned slot the record should start, so that a direct read needs no copy; in bytes."""
+
+    def segments(self, key: ExpertKey) -> int:
+        """Number of parts the record is read in."""
+
+    def read(self, key: ExpertKey, segment: int, into: memoryview) -> int:
+        """Read one part of the record into its place in `into` (the whole record); returns the bytes read.
+
+        Raises `StoreError` naming the file when the bytes cannot be had.
+        """
+
+    def close(self) -> None:
+        """Release files; reads afterwards are errors."""

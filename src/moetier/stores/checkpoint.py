@@ -1,0 +1,188 @@
+"""The read-only store straight over a hub checkpoint: each expert is assembled from byte ranges of the shards.
+
+Where the checkpoint's bytes already are an expert's bytes (most families), a record is a few contiguous ranges that are
+read straight into the slot. Where the model's loader would transform them (transpose, interleave, cast), the ranges are
+read aside and the loader's own operations run on this one expert. No fused tensor is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moetier.access import ExpertKey
+from moetier.record import PAGE, RecordLayout, round_up
+from moetier.stores.diskio import DiskFile
+from moetier.stores.shards import Shards
+
+SEGMENT_NBYTES = 1 << 20  # one read request: large enough for full bandwidth, small enough to share among threads
+
+IOMode = Literal["auto", "direct", "buffered"]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of a shard and where it belongs in the record (or in a conversion's input)."""
+
+    file: int
+    offset: int
+    nbytes: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One checkpoint tensor (or one expert's slice of it) that feeds a conversion."""
+
+    pattern: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    extent: Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A field that is not bytes of the checkpoint as they are: `run` turns the sources into the field's tensor."""
+
+    field: str
+    sources: tuple[Source, ...]
+    run: Callable[[dict[str, list[torch.Tensor]]], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to assemble one record: ranges to read in place, and fields to convert."""
+
+    extents: tuple[Extent, ...]
+    conversions: tuple[Conversion, ...] = ()
+
+
+def split_extents(extents: Sequence[Extent]) -> tuple[Extent, ...]:
+    """Merge ranges that touch both in the file and in the record, then cut them into read requests."""
+    merged: list[Extent] = []
+    for extent in sorted(extents, key=lambda e: (e.file, e.offset)):
+        last = merged[-1] if merged else None
+        if (
+            last
+            and last.file == extent.file
+            and last.offset + last.nbytes == extent.offset
+            and last.target + last.nbytes == extent.target
+        ):
+            merged[-1] = Extent(last.file, last.offset, last.nbytes + extent.nbytes, last.target)
+        else:
+            merged.append(extent)
+    requests: list[Extent] = []
+    for extent in merged:
+        start, end = extent.offset, extent.offset + extent.nbytes
+        while start < end:
+            stop = min(end, round_up(start + 1, PAGE) - PAGE + SEGMENT_NBYTES)  # cut on pages of the file
+            requests.append(Extent(extent.file, start, stop - start, extent.target + start - extent.offset))
+            start = stop
+    return tuple(requests)
+
+
+class CheckpointStore:
+    """Experts of a checkpoint, read on demand. Never writes; safe for concurrent reads."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        layouts: Sequence[RecordLayout],
+        recipes: Sequence[Sequence[Recipe]],
+        io: IOMode = "auto",
+    ):
+        """`recipes[layer][expert]` says how to assemble a record of `layouts[layer]`."""
+        self.shards = shards
+        self._layouts = tuple(layouts)
+        self._recipes = tuple(
+            tuple(Recipe(split_extents(recipe.extents), recipe.conversions) for recipe in layer) for layer in recipes
+        )
+        used = {
+            extent.file
+            for layer in self._recipes
+            for recipe in layer
+            for extent in (*recipe.extents, *(s.extent for c in recipe.conversions for s in c.sources))
+        }
+        self._files = {index: DiskFile(shards.files[index], io) for index in sorted(used)}
+
+    @property
+    def layers(self) -> int:
+        """MoE layers."""
+        return len(self._layouts)
+
+    @property
+    def experts(self) -> int:
+        """Experts of the layer that has most."""
+        return max(len(layer) for layer in self._recipes)
+
+    @property
+    def records(self) -> int:
+        """Experts over all layers."""
+        return sum(len(layer) for layer in self._recipes)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes a slot needs: the largest record, up to one page of phase, rounded to pages."""
+        return round_up(max(layout.nbytes for layout in self._layouts) + self._max_phase(), PAGE)
+
+    @property
+    def direct(self) -> bool:
+        """Whether reads bypass the page cache."""
+        return all(file.direct for file in self._files.values())
+
+    def layout(self, layer: int) -> RecordLayout:
+        """How the records of a layer lie in a slot."""
+        return self._layouts[layer]
+
+    def phase(self, key: ExpertKey) -> int:
+        """The first range's position in its file page, if views at that offset are possible; else 0."""
+        extents = self._recipes[key.layer][key.expert].extents
+        if not extents:
+            return 0
+        phase = (extents[0].offset - extents[0].target) % PAGE
+        return phase if phase % 8 == 0 else 0
+
+    def segments(self, key: ExpertKey) -> int:
+        """One part per read request, and one per converted field."""
+        recipe = self._recipes[key.layer][key.expert]
+        return len(recipe.extents) + len(recipe.conversions)
+
+    def read(self, key: ExpertKey, segment: int, into: memoryview) -> int:
+        """Read one part into its place in `into`; `StoreError` names the file when it cannot be had."""
+        recipe = self._recipes[key.layer][key.expert]
+        if segment < len(recipe.extents):
+            extent = recipe.extents[segment]
+            target = into[extent.target : extent.target + extent.nbytes]
+            self._files[extent.file].read_into(extent.offset, target)
+            return extent.nbytes
+        conversion = recipe.conversions[segment - len(recipe.extents)]
+        record = torch.frombuffer(into, dtype=torch.uint8)
+        target_tensor = self._layouts[key.layer].views(record)[conversion.field]
+        inputs: dict[str, list[torch.Tensor]] = {}
+        nbytes = 0
+        for source in conversion.sources:
+            scratch = torch.empty(source.shape, dtype=source.dtype)
+            self._files[source.extent.file].read_into(source.extent.offset, _bytes_of(scratch))
+            inputs.setdefault(source.pattern, []).append(scratch)
+            nbytes += source.extent.nbytes
+        target_tensor.copy_(conversion.run(inputs))
+        return nbytes
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _max_phase(self) -> int:
+        return max(
+            self.phase(ExpertKey(layer, expert))
+            for layer, recipes in enumerate(self._recipes)
+            for expert in range(len(recipes))
+        )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
