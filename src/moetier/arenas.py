@@ -39,7 +39,7 @@ class HostArena:
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 pages.madvise(mmap.MADV_HUGEPAGE)  # expert weights are streamed: fewer TLB misses
             self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
-        self._memory = memoryview(self._bytes.numpy())
+        self._memory = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
 
     def memory(self, slot: int, phase: int, nbytes: int) -> memoryview:
@@ -90,8 +90,8 @@ class DeviceArena:
                 self._stream.wait_event(self._last_use[slot])
             self.record(slot, source.numel()).copy_(source, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(self._stream)  # type: ignore[no-untyped-call]
-        done.synchronize()  # type: ignore[no-untyped-call]  # this worker only; the compute stream goes on
+            done.record(self._stream)
+        done.synchronize()  # this worker only; the compute stream goes on
 
     def used(self, slot: int) -> None:
         """The kernels queued so far on the compute stream read this slot."""

@@ -63,9 +63,7 @@ class Routing:
         return summed.to(hidden.dtype)
 
 
-def forward_from_leases(
-    module: Any, hidden: torch.Tensor, routing: Routing, leases: Iterator[Lease]
-) -> torch.Tensor:
+def forward_from_leases(module: Any, hidden: torch.Tensor, routing: Routing, leases: Iterator[Lease]) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes."""
     rows = hidden[routing.order // routing.top_k]
     results: torch.Tensor | None = None

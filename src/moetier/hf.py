@@ -21,12 +21,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
-from moetier.experts import Routing, forward_from_leases, keys_of
+from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
@@ -34,7 +34,7 @@ from moetier.policies import make_admission, make_policy
 from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
-from moetier.stores.checkpoint import CheckpointStore, IOMode
+from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.shards import Shards
 from moetier.tiers import TierConfig
 
@@ -254,19 +254,13 @@ def detach_experts(model: Any, modules: list[tuple[str, Any]]) -> None:
     """Take the stacked parameters away, before anything is allocated for them."""
     unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
     for name, module in modules:
-        for field in [n for n, p in module._parameters.items() if p is not None and n in _stacked(module)]:
+        for field in per_expert_parameters(module):
             del module._parameters[field]
             unexpected.add(rf"^{re.escape(name)}\.{re.escape(field)}$")
         module._is_hf_initialized = True
         module.config._experts_implementation_internal = NAME
     model.config._experts_implementation_internal = NAME
     model._keys_to_ignore_on_load_unexpected = unexpected
-
-
-def _stacked(module: Any) -> set[str]:
-    from moetier.experts import per_expert_parameters
-
-    return set(per_expert_parameters(module))
 
 
 def attach_cache(
@@ -283,25 +277,11 @@ def attach_cache(
     if len(devices) != 1:
         raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
     device = devices.pop()
+    plan = plan_for(model, maps, options, device, top_k, kv)
+    if plan.status is Status.BUDGET_EXHAUSTED:
+        raise CapacityError(plan.advice, minimum_slots=1)
     store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
     try:
-        plan = make_plan(
-            Workload(
-                layers=len(maps),
-                records=store.records,
-                top_k=top_k,
-                record_nbytes=record_nbytes(maps),
-                slot_nbytes=store.slot_nbytes,
-                resident_nbytes=resident_nbytes(model),
-                kv_nbytes=kv,
-                context=options.context,
-                workspace_nbytes=workspace_nbytes(options.readers),
-            ),
-            budgets(options, device, store.records),
-            None if options.slots is None else parse_slots(options.slots, store.records),
-        )
-        if plan.status is Status.BUDGET_EXHAUSTED:
-            raise CapacityError(plan.advice, minimum_slots=1)
         cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
         store.close()
@@ -314,13 +294,30 @@ def attach_cache(
     save_streaming(model, shards, maps)
 
 
+def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.device, top_k: int, kv: int) -> Plan:
+    """The plan for a model whose experts are detached (its other weights may be on the meta device)."""
+    records = sum(len(m.recipes) for m in maps)
+    workload = Workload(
+        layers=len(maps),
+        records=records,
+        top_k=top_k,
+        record_nbytes=record_nbytes(maps),
+        slot_nbytes=slot_nbytes([m.layout for m in maps], [m.recipes for m in maps]),
+        resident_nbytes=resident_nbytes(model),
+        kv_nbytes=kv,
+        context=options.context,
+        workspace_nbytes=workspace_nbytes(options.readers),
+    )
+    slots = None if options.slots is None else parse_slots(options.slots, records)
+    return make_plan(workload, budgets(options, device), slots)
+
+
 def resident_nbytes(model: Any) -> int:
     """Bytes of all weights and buffers that stay in memory, shared ones counted once."""
-    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    return sum(tensors.values())
+    return sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values())
 
 
-def budgets(options: Options, device: torch.device, records: int) -> Machine:
+def budgets(options: Options, device: torch.device) -> Machine:
     """The options' memory budgets, or what the machine can spare."""
     host = default_host_nbytes() if options.host_memory is None else parse_size(options.host_memory, "host_memory")
     if device.type == "cpu":
@@ -356,11 +353,3 @@ def build_cache(
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)
     arena = DeviceArena(plan.tiers[0].slots, store.slot_nbytes, device) if on_gpu else None
     return ExpertCache(store, core, host, arena, options.readers), recorder
-
-
-def key_count(maps: list[LayerMap]) -> int:
-    """Experts over all layers."""
-    return sum(len(m.recipes) for m in maps)
-
-
-__all__ = ["ExpertKey", "Options", "TieredExperts", "TieredExpertsConfig", "find_experts"]

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moetier.errors import CheckpointError, ConfigError, MoetierError, UnsupportedModelError
-from moetier.hf import Options, TieredExpertsConfig
+from moetier.hf import Options, TieredExpertsConfig, detach_experts, find_experts, map_experts, plan_for
+from moetier.plan import Plan
+from moetier.sizing import kv_nbytes
 from moetier.stores.shards import Shards
+
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 def from_pretrained(
@@ -56,15 +62,65 @@ def from_pretrained(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(device).type != "cpu":
         kwargs.setdefault("device_map", {"": torch.device(device)})
-    if Path(model).exists() or str(model).startswith((".", "/", "~")):
-        check_folder(Path(model).expanduser())
-        model = Path(model).expanduser()
+    hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
+    folder = resolve(model, **hub)
+    check_folder(folder)
     try:
-        return model_class.from_pretrained(model, quantization_config=config, **kwargs)
+        return model_class.from_pretrained(folder, quantization_config=config, **kwargs)
     except MoetierError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise translate(error, model) from error
+
+
+def resolve(model: str | Path, **hub: Any) -> Path:
+    """The local folder of a model: the folder itself, or the hub's snapshot, downloaded if it is not in its cache yet.
+
+    `hub` are arguments of `huggingface_hub.snapshot_download` (revision, token, cache_dir, …). Only configuration,
+    tokenizer and safetensors files of the repository's top folder are fetched. Raises `CheckpointError`.
+    """
+    folder = Path(model).expanduser()
+    if folder.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") != 1:
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{model}: no such model folder; give a folder with config.json, or a hub id (owner/name)"
+            )
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                str(model),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+                ignore_patterns=["*/*", "consolidated*"],
+                **hub,
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        text = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{model}: not a folder, and the hub could not give it: {text}; check the name and the connection, or "
+            "download the model and give its folder"
+        ) from error
+
+
+def inspect(folder: Path, options: Options, device: torch.device | None = None, **kwargs: Any) -> Plan:
+    """The memory plan of a model without loading a weight: headers, shapes and arithmetic.
+
+    Raises what `from_pretrained` would raise, but a budget below the minimum is a status of the plan.
+    """
+    shards = check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, **kwargs)
+        dtype = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise translate(error, folder) from error
+    modules = find_experts(model)
+    maps, top_k = map_experts(model, modules, shards, dtype)
+    detach_experts(model, modules)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return plan_for(model, maps, options, device, top_k, kv_nbytes(model, options.context))
 
 
 def check_folder(folder: Path) -> Shards:

@@ -133,7 +133,7 @@ class CheckpointMap:
                 absent = next(p for p in converter.source_patterns if p not in feeds)
                 raise CheckpointError(f"{self._shards.files[0].parent}: no tensor {absent!r} for {parameter.name!r}")
         else:
-            patterns = [pattern]  # type: ignore[list-item]
+            patterns = [pattern]
         per_expert: list[list[Source]] = [[] for _ in range(parameter.experts)]
         for name in patterns:
             keys = feeds[name]
@@ -177,7 +177,9 @@ class CheckpointMap:
             try:
                 shape = tuple(self._converter(parameter)(inputs).shape)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                raise CheckpointError(f"{self._file(key)}: {key!r} cannot become {parameter.name!r}: {error}") from error
+                raise CheckpointError(
+                    f"{self._file(key)}: {key!r} cannot become {parameter.name!r}: {error}"
+                ) from error
             if shape != parameter.shape:
                 raise CheckpointError(
                     f"{self._file(key)}: {key!r} gives {parameter.name!r} the shape {list(shape)} per expert, but the "
@@ -225,7 +227,8 @@ class CheckpointMap:
                 )
             result = next(iter(tensors.values()))
             result = result[0] if isinstance(result, list) else result
-            return result[0] if result.dim() == len(parameter.shape) + 1 else result
+            expert: torch.Tensor = result[0] if result.dim() == len(parameter.shape) + 1 else result
+            return expert
 
         return run
 

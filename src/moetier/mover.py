@@ -75,7 +75,9 @@ class ThreadMover:
         for copy in orders:
             if copy.kind is Kind.WRITE_BACK:
                 flight = Flight(copy, 0)
-                flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
+                flight.error = StoreError(
+                    f"{copy.key}: this store is read-only, a changed expert cannot be written back"
+                )
                 self._finish(flight)
                 continue
             from_home = copy.source.tier == self._home
@@ -107,7 +109,9 @@ class ThreadMover:
 
     def _launch(self) -> None:
         if self._pid is not None:
-            raise MoetierError("this process was forked from one that uses moetier; load the model in the child instead")
+            raise MoetierError(
+                "this process was forked from one that uses moetier; load the model in the child instead"
+            )
         if self._closed:
             raise MoetierError("the expert cache is closed")
         self._pid = os.getpid()

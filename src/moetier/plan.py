@@ -138,7 +138,7 @@ def make_plan(workload: Workload, machine: Machine, slots: int | None = None) ->
 
     if machine.device_nbytes is None:
         top = fit(machine.host_nbytes - fixed, slots)
-        tiers = (TierPlan("host", top, top * size),)
+        tiers: tuple[TierPlan, ...] = (TierPlan("host", top, top * size),)
         host_total, device_total, flag, budget = fixed + top * size, 0, "host_memory", machine.host_nbytes
     else:
         top = fit(machine.device_nbytes - fixed, slots)
@@ -148,7 +148,9 @@ def make_plan(workload: Workload, machine: Machine, slots: int | None = None) ->
         host_total, device_total = staging + host * size, fixed + top * size
         flag, budget = ("device_memory", machine.device_nbytes) if top < 1 else ("host_memory", machine.host_nbytes)
     if min(tier.slots for tier in tiers) < 1:
-        minimum = fixed + size if flag != "host_memory" or machine.device_nbytes is None else workload.workspace_nbytes + size
+        minimum = (
+            fixed + size if flag != "host_memory" or machine.device_nbytes is None else workload.workspace_nbytes + size
+        )
         advice = (
             f"{flag} {format_size(budget)} leaves no slot for an expert; the minimum is {format_size(minimum)} "
             f"({minimum} bytes), {format_size(fixed + recommended * size)} is recommended"

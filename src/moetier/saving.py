@@ -62,7 +62,7 @@ def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], 
     groups = list(_groups([shards.tensors[name] for name in targets], targets, limit))
     count = len(plain_files) + len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, name in zip(plain_files, names, strict=False):
         file.rename(folder / name)
         weight_map |= {tensor: name for tensor, owner in weights.items() if owner == file}
@@ -74,9 +74,7 @@ def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _groups(
-    entries: list[TensorEntry], targets: dict[str, torch.dtype], limit: int
-) -> Iterator[list[TensorEntry]]:
+def _groups(entries: list[TensorEntry], targets: dict[str, torch.dtype], limit: int) -> Iterator[list[TensorEntry]]:
     group: list[TensorEntry] = []
     size = 0
     for entry in entries:
@@ -112,9 +110,9 @@ def _write_shard(path: Path, shards: Shards, group: list[TensorEntry], targets: 
                 with DiskFile(shards.files[entry.file], "buffered") as source:
                     for begin in range(0, entry.nbytes, CHUNK):
                         part = buffer[: min(CHUNK, entry.nbytes - begin)]
-                        source.read_into(entry.offset + begin, memoryview(part.numpy()))
+                        source.read_into(entry.offset + begin, part.numpy().data)
                         cast = part.view(DTYPES[entry.dtype]).to(targets[entry.name])
-                        file.write(memoryview(cast.view(torch.uint8).numpy()))
+                        file.write(cast.view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -82,6 +82,6 @@ def _tensors(value: Any, seen: set[int]) -> list[torch.Tensor]:
         return [tensor for item in value.values() for tensor in _tensors(item, seen)]
     if isinstance(value, (list, tuple)):
         return [tensor for item in value for tensor in _tensors(item, seen)]
-    if hasattr(value, "__dict__") and "cache" in type(value).__module__:
+    if hasattr(value, "__dict__") and type(value).__module__.startswith("transformers."):
         return _tensors(vars(value), seen)
     return []

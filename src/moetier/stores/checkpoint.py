@@ -126,7 +126,7 @@ class CheckpointStore:
     @property
     def slot_nbytes(self) -> int:
         """Bytes a slot needs: the largest record, up to one page of phase, rounded to pages."""
-        return round_up(max(layout.nbytes for layout in self._layouts) + self._max_phase(), PAGE)
+        return slot_nbytes(self._layouts, self._recipes)
 
     @property
     def direct(self) -> bool:
@@ -139,11 +139,7 @@ class CheckpointStore:
 
     def phase(self, key: ExpertKey) -> int:
         """The first range's position in its file page, if views at that offset are possible; else 0."""
-        extents = self._recipes[key.layer][key.expert].extents
-        if not extents:
-            return 0
-        phase = (extents[0].offset - extents[0].target) % PAGE
-        return phase if phase % 8 == 0 else 0
+        return _phase(self._recipes[key.layer][key.expert])
 
     def segments(self, key: ExpertKey) -> int:
         """One part per read request, and one per converted field."""
@@ -176,13 +172,22 @@ class CheckpointStore:
         for file in self._files.values():
             file.close()
 
-    def _max_phase(self) -> int:
-        return max(
-            self.phase(ExpertKey(layer, expert))
-            for layer, recipes in enumerate(self._recipes)
-            for expert in range(len(recipes))
-        )
+
+def slot_nbytes(layouts: Sequence[RecordLayout], recipes: Sequence[Sequence[Recipe]]) -> int:
+    """Bytes a slot needs to hold any record, wherever in its first page it starts; a multiple of the page size."""
+    needed = (
+        layout.nbytes + max(_phase(recipe) for recipe in layer) for layout, layer in zip(layouts, recipes, strict=True)
+    )
+    return round_up(max(needed), PAGE)
+
+
+def _phase(recipe: Recipe) -> int:
+    if not recipe.extents:
+        return 0
+    first = min(recipe.extents, key=lambda extent: (extent.file, extent.offset))
+    phase = (first.offset - first.target) % PAGE
+    return phase if phase % 8 == 0 else 0
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
