@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moetier.access import ExpertKey
-from moetier.record import PAGE, RecordLayout, round_up
+from moetier.record import RecordLayout, round_up
 
 
 class HostArena:
@@ -21,26 +21,31 @@ class HostArena:
     def __init__(self, slots: int, slot_nbytes: int, page_locked: bool = False):
         self.slots, self.slot_nbytes = slots, slot_nbytes
         self.device = torch.device("cpu")
-        self.page_locked = False
-        if page_locked:
-            try:
-                self._bytes = torch.empty(slots * slot_nbytes + PAGE, dtype=torch.uint8, pin_memory=True)
-                self._bytes = self._bytes[-self._bytes.data_ptr() % PAGE :][: slots * slot_nbytes]
-                self.page_locked = True
-            except RuntimeError as error:
-                warnings.warn(
-                    f"host memory could not be page locked ({error}); copies to the GPU will be slower. "
-                    "Raise the locked-memory limit (ulimit -l) or lower host_memory.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-        if not self.page_locked:
-            pages = mmap.mmap(-1, slots * slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                pages.madvise(mmap.MADV_HUGEPAGE)  # expert weights are streamed: fewer TLB misses
-            self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        pages = mmap.mmap(-1, slots * slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            pages.madvise(mmap.MADV_HUGEPAGE)  # expert weights are streamed: fewer TLB misses
+        self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
+        self.page_locked = page_locked and self._lock_pages()
         self._memory = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
         self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
+
+    def _lock_pages(self) -> bool:
+        # registered in place: torch's own pinned allocator would round a large arena up to a power of two
+        status = int(torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0))  # type: ignore[no-untyped-call]
+        if status:
+            warnings.warn(
+                f"host memory could not be page locked (CUDA error {status}); copies to the GPU will be slower. "
+                "Raise the locked-memory limit (ulimit -l) or lower host_memory.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return not status
+
+    def close(self) -> None:
+        """Give the page lock back; the memory itself goes with the last view."""
+        if self.page_locked:
+            torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr())  # type: ignore[no-untyped-call]
+            self.page_locked = False
 
     def memory(self, slot: int, phase: int, nbytes: int) -> memoryview:
         """The writable bytes of a record that starts `phase` bytes into a slot."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ class ExpertCache:
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._closed = False
+        self._time = 0
         self.wait_seconds = 0.0  # T_wait: nothing to compute, an expert is on its way
         self.compute_seconds = 0.0  # T_compute: the caller works on a lease (on a GPU: launches)
         self.decide_seconds = 0.0  # in the core and the queues
@@ -68,6 +70,9 @@ class ExpertCache:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
+            if access.time <= self._time:  # another thread was faster: time must not run backwards for the policies
+                access = replace(access, time=self._time + 1)
+            self._time = access.time
             ticket = self.core.acquire(access)
             self._owners[ticket.number] = threading.get_ident()
             self._start_orders()
@@ -126,6 +131,7 @@ class ExpertCache:
             self._closed = True
         self.mover.close()
         self.store.close()
+        self.host.close()
 
     def __enter__(self) -> ExpertCache:
         return self

@@ -117,8 +117,8 @@ class TieredExperts:
                 "choose the device when loading (device_map), not afterwards"
             )
         routing = Routing(index, weights)
-        self._clock += 1
         keys, tokens = keys_of(layer, routing)
+        self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase)
         return forward_from_leases(module, hidden, routing, self.cache.stream(access))
 
@@ -151,9 +151,29 @@ def moetier_experts_forward(
         return torch.empty_like(hidden_states)
     if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
-    tiered, layer = self._moetier
-    result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+    result: torch.Tensor = _ForwardOnly.apply(hidden_states, top_k_weights, top_k_index, self)  # type: ignore[no-untyped-call]
     return result
+
+
+class _ForwardOnly(torch.autograd.Function):
+    """Keeps slot views out of the autograd graph: a slot may hold another expert by the time backward would read it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, module: Any
+    ) -> torch.Tensor:
+        """The tiered forward, without a graph."""
+        tiered, layer = module._moetier
+        result: torch.Tensor = tiered.forward(layer, module, hidden, index, weights)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        """Refused: there is no evict-safe backward yet."""
+        raise UnsupportedModelError(
+            "backward through tiered experts is not supported yet; run the model under torch.no_grad(), "
+            "or load it without moetier to train it"
+        )
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, moetier_experts_forward)
