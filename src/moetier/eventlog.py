@@ -113,8 +113,8 @@ class Recorder:
 
     def pin(self, key: ExpertKey) -> None:
         """See `Residency.pin`."""
-        self._note(["pin", *key])
         self.core.pin(key)
+        self._note(["pin", *key])
 
     def unpin(self, key: ExpertKey) -> None:
         """See `Residency.unpin`."""

@@ -366,10 +366,8 @@ def build_cache(
                 floor=0 if everything_fits else min(top_k, tier.slots // (2 * layers)),
             )
         )
-    core: Residency | Recorder = Residency(configs, store.layers, store.experts)
-    recorder = None
-    if options.record_events:
-        core = recorder = Recorder(core)
+    core = Residency(configs, store.layers, store.experts)
+    recorder = Recorder(core) if options.record_events else None
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)
     arena = DeviceArena(plan.tiers[0].slots, store.slot_nbytes, device) if on_gpu else None
-    return ExpertCache(store, core, host, arena, options.readers), recorder
+    return ExpertCache(store, recorder or core, host, arena, options.readers), recorder
