@@ -8,6 +8,7 @@ experts became ready in. Families differ only by the flags that `use_experts_imp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,11 +50,10 @@ class Routing:
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
         self.rows: dict[int, tuple[int, int]] = {}  # expert -> its range of sorted rows
-        begin, experts = 0, sorted_experts.tolist()
-        for end in range(1, len(experts) + 1):
-            if end == len(experts) or experts[end] != experts[begin]:
-                self.rows[experts[begin]] = (begin, end)
-                begin = end
+        experts = sorted_experts.cpu().numpy()
+        if len(experts):
+            edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
+            self.rows = {int(experts[begin]): (begin, end) for begin, end in pairwise(edges)}
 
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""

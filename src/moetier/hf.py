@@ -326,7 +326,7 @@ def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.d
         resident_nbytes=resident_nbytes(model),
         kv_nbytes=kv,
         context=options.context,
-        workspace_nbytes=workspace_nbytes(options.readers),
+        workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)

@@ -23,9 +23,15 @@ _TOP_K = (
 )
 
 
-def workspace_nbytes(readers: int) -> int:
-    """The stated small constant of a run: read buffers and working memory."""
-    return BASE_WORKSPACE + readers * READER_NBYTES
+def workspace_nbytes(model: Any, readers: int, context: int, top_k: int) -> int:
+    """Working memory of a run: the stated constant, read buffers, and the activations of a prefill of `context` tokens.
+
+    A token's rows pass the experts `top_k` times and exist there about four times over (gathered, results, back in token
+    order, summed); sixteen more copies of the hidden state cover attention and the residual stream.
+    """
+    hidden = int(model.config.get_text_config().hidden_size)
+    itemsize = next(model.parameters()).dtype.itemsize
+    return BASE_WORKSPACE + readers * READER_NBYTES + context * hidden * itemsize * (4 * top_k + 16)
 
 
 def record_nbytes(maps: list[LayerMap]) -> int:
