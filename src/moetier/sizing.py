@@ -30,7 +30,7 @@ def workspace_nbytes(model: Any, readers: int, context: int, top_k: int) -> int:
     order, summed); sixteen more copies of the hidden state cover attention and the residual stream.
     """
     hidden = int(model.config.get_text_config().hidden_size)
-    itemsize = next(model.parameters()).dtype.itemsize
+    itemsize: int = next(model.parameters()).dtype.itemsize
     return BASE_WORKSPACE + readers * READER_NBYTES + context * hidden * itemsize * (4 * top_k + 16)
 
 
