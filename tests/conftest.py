@@ -35,7 +35,8 @@ def align(path: Path) -> None:
     """Pad the header of a safetensors file so that its data starts on a cache line.
 
     In float32 the CPU's product of one row depends, in the last bit, on whether the weights start on a multiple of 16
-    bytes. transformers maps files into memory, so its own logits depend on the length of the header.
+    bytes. transformers maps files into memory, so its own logits depend on the length of the header. A record follows
+    that (`Recipe.alignment`), unless one of its fields is mapped and another is assembled, as only this family's are.
     """
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
@@ -54,7 +55,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             family: Family = FAMILIES.get(name) or WITHOUT_HOOK[name]
             path = tmp_path_factory.mktemp(name)
             make_checkpoint(family, path, dtype)
-            if dtype == torch.float32:
+            if dtype == torch.float32 and name == "inkling2_text":
                 align(path / "model.safetensors")
             made[name, dtype] = path
         return made[name, dtype]

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from moetier.errors import CheckpointError, UnsupportedModelError
 from moetier.experts import per_expert_parameters
-from moetier.record import RecordLayout
+from moetier.record import FIELD_ALIGNMENT, RecordLayout
 from moetier.stores.checkpoint import Conversion, Extent, Recipe, Source
 from moetier.stores.shards import Shards, TensorEntry
 
@@ -94,6 +94,7 @@ class CheckpointMap:
         ordered = sorted(parameters, key=lambda p: self._position(sources[p.field][0]))
         layout = RecordLayout.of([(p.field, p.dtype, p.shape) for p in ordered])
         offsets = {field.name: field.offset for field in layout.fields}
+        alignment = max(self._alignment(parameter) for parameter in parameters)
         recipes = []
         for expert in range(parameters[0].experts):
             extents: list[Extent] = []
@@ -108,7 +109,7 @@ class CheckpointMap:
                         target += e.nbytes
                 else:
                     conversions.append(Conversion(parameter.field, tuple(feed), self._converter(parameter)))
-            recipes.append(Recipe(tuple(extents), tuple(conversions)))
+            recipes.append(Recipe(tuple(extents), tuple(conversions), alignment))
         names = {key for p in parameters for keys in self._feeds[p.name].values() for key in keys}
         return LayerMap(layout, tuple(recipes), tuple(sorted(names, key=dot_natural_key)))
 
@@ -189,6 +190,14 @@ class CheckpointMap:
     def _operations(self, parameter: ExpertParameter) -> list[Any]:
         pattern = next(iter(self._feeds[parameter.name]))
         return [] if pattern is None else list(self._converter_of[pattern].operations)
+
+    def _alignment(self, parameter: ExpertParameter) -> int:
+        """What the loader's own tensor would be aligned to.
+
+        In float32 the last bit of a product of one row can depend on whether the weights start on 16 bytes. A tensor
+        that the loader assembles is aligned; one that it maps lies as the file has it, and so does a record here.
+        """
+        return FIELD_ALIGNMENT if parameter.dtype == torch.float32 and self._operations(parameter) else 8
 
     def _is_plain(self, parameter: ExpertParameter, feed: list[Source]) -> bool:
         """Whether the expert's bytes are the sources' bytes one behind the other."""

@@ -8,7 +8,7 @@ read aside and the loader's own operations run on this one expert. No fused tens
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,10 +54,14 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to assemble one record: ranges to read in place, and fields to convert."""
+    """How to assemble one record: ranges to read in place, and fields to convert.
+
+    `alignment` (bytes) is what the record's start in memory must be a multiple of.
+    """
 
     extents: tuple[Extent, ...]
     conversions: tuple[Conversion, ...] = ()
+    alignment: int = 8
 
 
 def split_extents(extents: Sequence[Extent]) -> tuple[Extent, ...]:
@@ -98,7 +102,7 @@ class CheckpointStore:
         self.shards = shards
         self._layouts = tuple(layouts)
         self._recipes = tuple(
-            tuple(Recipe(split_extents(recipe.extents), recipe.conversions) for recipe in layer) for layer in recipes
+            tuple(replace(recipe, extents=split_extents(recipe.extents)) for recipe in layer) for layer in recipes
         )
         used = {
             extent.file
@@ -186,7 +190,7 @@ def _phase(recipe: Recipe) -> int:
         return 0
     first = min(recipe.extents, key=lambda extent: (extent.file, extent.offset))
     phase = (first.offset - first.target) % PAGE
-    return phase if phase % 8 == 0 else 0
+    return phase if phase % recipe.alignment == 0 else 0
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
