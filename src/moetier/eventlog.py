@@ -1,145 +1,231 @@
-"""Record the residency core's inputs during a run, and replay them without bytes: same decisions, same digest.
+"""Record and replay: the log of one run's inputs to the residency core, and the core rebuilt from it without any bytes.
 
-The log holds every input call in the order the core saw it, completions included, and the digest after each access.
+The core is a deterministic function of its inputs, so the same calls in the same order give the same decisions. The
+digest after every access proves it. A run that does not record pays nothing: `Recorder` wraps the core.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moetier.access import Access, ExpertKey, Phase
-from moetier.errors import ConfigError, ReplayError
+from moetier.errors import ConfigError, MoetierError, ReplayError
 from moetier.residency import Residency
-from moetier.tiers import Copy, Entry, Place, Ticket, TierConfig
+from moetier.tiers import Copy, Ticket, TierConfig
 
-FORMAT = "moetier-events"
+FORMAT = "moetier event log"
 VERSION = 1
 
+Event = tuple[Any, ...]  # the name of a call and its arguments; tickets by number
 
-@dataclass(slots=True)
+
+@dataclass
 class EventLog:
-    """How the core was built, and its input calls: lists of a name and plain arguments."""
+    """What a core was built from, and every call that can change its decisions, in order."""
 
     tiers: tuple[TierConfig, ...]
     layers: int
     experts: int
-    events: list[list[Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
-    def save(self, path: Path) -> None:
-        """Write as JSON lines: a header, then one event a line."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON lines: a header, then one line per call."""
         header = {
             "format": FORMAT,
             "version": VERSION,
+            "tiers": [asdict(tier) for tier in self.tiers],
             "layers": self.layers,
             "experts": self.experts,
-            "tiers": [asdict(tier) for tier in self.tiers],
+            "events": len(self.events),
         }
         with open(path, "w", encoding="utf-8") as file:
-            for line in (header, *self.events):
-                file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            for record in (header, *self.events):
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> EventLog:
-        """Read a log; raises `ConfigError` naming the file and line of what is not one."""
-        number = 1
+    def load(cls, path: str | os.PathLike[str]) -> EventLog:
+        """Read a saved log. Raises `ConfigError`, naming file and line, for one that is damaged or something else."""
         try:
-            with open(path, encoding="utf-8") as file:
-                header = json.loads(file.readline())
-                if header["format"] != FORMAT or header["version"] != VERSION:
-                    raise ConfigError(f"{path}: not a version {VERSION} event log of moetier")
-                tiers = tuple(TierConfig(**tier) for tier in header["tiers"])
-                log = cls(tiers, header["layers"], header["experts"])
-                for number, line in enumerate(file, 2):
-                    event = json.loads(line)
-                    if not isinstance(event, list) or not event or event[0] not in _APPLY:
-                        raise ConfigError(f"{path}, line {number}: not an event; record the log again")
-                    log.events.append(event)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}, line {number}: cannot be read as an event log: {error}") from error
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ConfigError(f"{path}: the event log cannot be read: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}, line 1: not an event log of moetier") from error
+        log, count = _parse_header(f"{path}, line 1", lines[0] if lines else "")
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                log.events.append(_parse_event(json.loads(line), log.layers, log.experts))
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ConfigError(f"{path}, line {number}: not an event: {error}") from error
+        if len(log.events) != count:
+            where = f"{path}, line {len(lines)}"
+            raise ConfigError(f"{where}: the log ends after {len(log.events)} events, its header says {count}")
         return log
 
 
+def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
+    try:
+        header = json.loads(line)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ConfigError(f"{where}: not an event log of moetier")
+    if header.get("version") != VERSION:
+        raise ConfigError(f"{where}: event log version {header.get('version')!r}; this moetier reads {VERSION}")
+    try:
+        layers, experts, count = (_number(header[name]) for name in ("layers", "experts", "events"))
+        tiers = tuple(TierConfig(**tier) for tier in header["tiers"])
+        for tier in tiers:
+            _check(tier.slots, tier.staging, tier.floor)
+            if not (isinstance(tier.policy, str) and isinstance(tier.admission, str)):
+                raise ValueError("policies are given by name")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{where}: a damaged header: {error!r}") from error
+    return EventLog(tiers, layers, experts), count
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a whole number")
+    return value
+
+
+def _natural(value: object) -> int:
+    if _number(value) < 0:
+        raise ValueError(f"{value!r} is negative")
+    return _number(value)
+
+
+def _check(*values: object) -> None:
+    for value in values:
+        _natural(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value
+
+
+def _key(value: object, layers: int, experts: int) -> ExpertKey:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{value!r} is not a layer and an expert")
+    layer, expert = _natural(value[0]), _natural(value[1])
+    if layer >= layers or expert >= experts:
+        raise ValueError(f"expert {expert} of layer {layer} does not exist")
+    return ExpertKey(layer, expert)
+
+
+def _parse_event(record: object, layers: int, experts: int) -> Event:
+    if not isinstance(record, list) or not record or record[0] not in _PARSERS:
+        raise ValueError("unknown call")
+    name, *arguments = record
+    parsers = _PARSERS[name]
+    if len(arguments) != len(parsers):
+        raise ValueError(f"{name} has {len(parsers)} arguments, not {len(arguments)}")
+    return (name, *(parse(value, layers, experts) for parse, value in zip(parsers, arguments, strict=True)))
+
+
+def _access(value: object, layers: int, experts: int) -> list[Any]:
+    if not isinstance(value, list) or len(value) != 6:
+        raise ValueError("an access has six fields")
+    time, layer, numbers, tokens, phase, sequence = value
+    if not isinstance(numbers, list) or not isinstance(tokens, list):
+        raise ValueError("experts and tokens are lists")
+    for number in numbers:
+        _key([layer, number], layers, experts)
+    if _natural(layer) >= layers:
+        raise ValueError(f"there is no layer {layer}")
+    if len(set(numbers)) != len(numbers):
+        raise ValueError("an expert is given twice")
+    _check(*tokens)
+    return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence)]
+
+
+def _plain(parse: Callable[[object], object]) -> Callable[[object, int, int], object]:
+    return lambda value, layers, experts: parse(value)
+
+
+_COUNT, _BOOL = _plain(_number), _plain(_flag)
+_PARSERS: dict[str, Sequence[Callable[[object, int, int], object]]] = {
+    "acquire": (_access, _COUNT, _COUNT),  # the access, the ticket's number, the digest
+    "release": (_COUNT, _key, _BOOL),
+    "abort": (_COUNT,),
+    "completed": (_COUNT, _BOOL),
+    "take": (),
+    "prefetch": (_key, _BOOL),
+    "cancel": (_key,),
+    "pin": (_key,),
+    "unpin": (_key,),
+}
+
+
 class Recorder:
-    """A residency core that writes down what it is told. Same methods; nothing is recorded elsewhere."""
+    """A residency core that remembers what it was told: the same calls as `Residency`, and `log`."""
 
     def __init__(self, core: Residency):
         self.core = core
         self.log = EventLog(core.configs, core.layers, core.experts)
         self._note = self.log.events.append
+        self.configs, self.layers, self.experts = core.configs, core.layers, core.experts
+        self.promoted = core.promoted  # one list: the core only appends, the caller clears
+        self.place, self.residents, self.counters = core.place, core.residents, core.counters
+        self.digest, self.check = core.digest, core.check
 
     def acquire(self, access: Access) -> Ticket:
         """See `Residency.acquire`."""
         ticket = self.core.acquire(access)
         experts = [key.expert for key in access.keys]
         fields = [access.time, access.layer, experts, list(access.tokens), int(access.phase), access.sequence]
-        self._note(["acquire", *fields, self.core.digest()])
+        self._note(("acquire", fields, ticket.number, self.core.digest()))
         return ticket
 
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
         """See `Residency.release`."""
-        self._note(["release", ticket.number, *key, dirty])
+        self._note(("release", ticket.number, key, dirty))
         self.core.release(ticket, key, dirty)
 
     def abort(self, ticket: Ticket) -> None:
         """See `Residency.abort`."""
-        self._note(["abort", ticket.number])
+        self._note(("abort", ticket.number))
         self.core.abort(ticket)
 
     def completed(self, copy_id: int, ok: bool = True) -> None:
         """See `Residency.completed`."""
-        self._note(["completed", copy_id, ok])
+        self._note(("completed", copy_id, ok))
         self.core.completed(copy_id, ok)
 
     def take(self) -> list[Copy]:
-        """See `Residency.take`."""
-        self._note(["take"])
-        return self.core.take()
+        """See `Residency.take`. Logged because what was taken cannot be cancelled."""
+        orders = self.core.take()
+        if orders:
+            self._note(("take",))
+        return orders
 
     def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
         """See `Residency.prefetch`."""
-        self._note(["prefetch", *key, displace])
+        self._note(("prefetch", key, displace))
         return self.core.prefetch(key, displace)
 
     def cancel(self, key: ExpertKey) -> bool:
         """See `Residency.cancel`."""
-        self._note(["cancel", *key])
+        self._note(("cancel", key))
         return self.core.cancel(key)
 
     def pin(self, key: ExpertKey) -> None:
         """See `Residency.pin`."""
-        self.core.pin(key)
-        self._note(["pin", *key])
+        self.core.pin(key)  # a refusal changes nothing
+        self._note(("pin", key))
 
     def unpin(self, key: ExpertKey) -> None:
         """See `Residency.unpin`."""
-        self._note(["unpin", *key])
+        self._note(("unpin", key))
         self.core.unpin(key)
-
-    def place(self, key: ExpertKey) -> Place:
-        """See `Residency.place`."""
-        return self.core.place(key)
-
-    def residents(self, tier: int = 0) -> set[ExpertKey]:
-        """See `Residency.residents`."""
-        return self.core.residents(tier)
-
-    def counters(self) -> dict[str, object]:
-        """See `Residency.counters`."""
-        return self.core.counters()
-
-    def digest(self) -> int:
-        """See `Residency.digest`."""
-        return self.core.digest()
-
-    def check(self) -> None:
-        """See `Residency.check`."""
-        self.core.check()
 
     @property
     def busy(self) -> bool:
@@ -147,63 +233,36 @@ class Recorder:
         return self.core.busy
 
     @property
-    def configs(self) -> tuple[TierConfig, ...]:
-        """See `Residency.configs`."""
-        return self.core.configs
-
-    @property
-    def promoted(self) -> list[int]:
-        """See `Residency.promoted`."""
-        return self.core.promoted
-
-    @property
     def tickets(self) -> list[Ticket]:
         """See `Residency.tickets`."""
         return self.core.tickets
 
-    def __iter__(self) -> Iterator[tuple[int, Entry]]:
-        return iter(self.core)
-
 
 def replay(log: EventLog) -> Residency:
-    """Feed a log to a new core. Raises `ReplayError` naming the first access that decides otherwise."""
+    """Build the core anew and feed it the log.
+
+    Raises `ReplayError`, naming the first access after which the digest is not the recorded one, or the first call that
+    cannot be made.
+    """
     core = Residency(log.tiers, log.layers, log.experts)
     tickets: dict[int, Ticket] = {}
-    for event in log.events:
-        _APPLY[event[0]](core, tickets, *event[1:])
+    served = 0
+    for number, (name, *arguments) in enumerate(log.events, 1):
+        if name == "acquire":
+            (time, layer, experts, tokens, phase, sequence), ticket_number, digest = arguments
+            keys = tuple(ExpertKey(layer, expert) for expert in experts)
+            access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence)
+            tickets[ticket_number] = core.acquire(access)
+            served += 1
+            if core.digest() != digest:
+                raise ReplayError(f"event {number}: decisions differ at access {served} (time {time}, layer {layer})")
+            continue
+        try:
+            if name in ("release", "abort"):
+                arguments[0] = ticket = tickets[arguments[0]]
+                if name == "release":
+                    ticket.ready.remove(arguments[1])
+            getattr(core, name)(*arguments)
+        except (KeyError, ValueError, MoetierError) as error:
+            raise ReplayError(f"event {number}, after access {served}: {name} cannot be made: {error!r}") from error
     return core
-
-
-def _acquire(
-    core: Residency,
-    tickets: dict[int, Ticket],
-    time: int,
-    layer: int,
-    experts: list[int],
-    tokens: list[int],
-    phase: int,
-    sequence: int,
-    digest: int,
-) -> None:
-    keys = tuple(ExpertKey(layer, expert) for expert in experts)
-    ticket = core.acquire(Access(time, layer, keys, tuple(tokens), Phase(phase), sequence))
-    tickets[ticket.number] = ticket
-    if core.digest() != digest:
-        raise ReplayError(f"access {time} (layer {layer}) decided otherwise than in the recorded run")
-
-
-def _release(core: Residency, tickets: dict[int, Ticket], ticket: int, layer: int, expert: int, dirty: bool) -> None:
-    core.release(tickets[ticket], ExpertKey(layer, expert), dirty)
-
-
-_APPLY: dict[str, Any] = {
-    "acquire": _acquire,
-    "release": _release,
-    "abort": lambda core, tickets, ticket: core.abort(tickets[ticket]),
-    "completed": lambda core, tickets, copy_id, ok: core.completed(copy_id, ok),
-    "take": lambda core, tickets: core.take(),
-    "prefetch": lambda core, tickets, layer, expert, displace: core.prefetch(ExpertKey(layer, expert), displace),
-    "cancel": lambda core, tickets, layer, expert: core.cancel(ExpertKey(layer, expert)),
-    "pin": lambda core, tickets, layer, expert: core.pin(ExpertKey(layer, expert)),
-    "unpin": lambda core, tickets, layer, expert: core.unpin(ExpertKey(layer, expert)),
-}

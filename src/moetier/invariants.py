@@ -5,9 +5,10 @@ It reads the core's private books on purpose: it is the core's own auditor, kept
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
-from moetier.tiers import Kind, State
+from moetier.tiers import Entry, Kind, State
 
 if TYPE_CHECKING:
     from moetier.residency import Residency
@@ -26,88 +27,101 @@ def check(core: Residency) -> None:
                 counted[entry.key.layer] += 1
         assert counted == tier.residents, "residents per layer are miscounted"
         assert tier.transients == sum(entry.transient for entry in tier.entries.values()), "staged are miscounted"
-        assert tier.transients <= max(tier.config.staging, 0), "more staged records than staging slots"
+        assert tier.transients <= tier.config.staging, "more staged records than staging slots"
         ranked = list(tier.policy.victims(core._last))
         assert len(ranked) == len(set(ranked)), "the policy ranks a key twice"
         assert set(ranked) == {k for k, e in tier.entries.items() if not e.transient}, "the policy lost track"
+    assert all(ticket.waiting == [] or ticket in core._live.values() for ticket in core._stuck), "a dead access waits"
     assert len(core._pinned) <= core._top.config.slots // 2, "pins exceed half of the tier"
 
 
 def _check_slots(core: Residency) -> None:
     for index, tier in enumerate(core._tiers):
-        owners: dict[int, object] = dict.fromkeys(tier.free, "free")
+        owners: dict[int, object] = {place.slot: "free" for place in tier.free}
         assert len(owners) == len(tier.free), "a slot is free twice"
         for entry in tier.entries.values():
-            assert entry.slot not in owners, f"slot {entry.slot} of tier {index} has two owners"
-            owners[entry.slot] = entry.key
-            assert tier.entries[entry.key] is entry
-        for leaving_tier, entry, heir in core._leaving.values():
-            if leaving_tier is tier and (heir is None or heir not in core._copies):
-                assert entry.slot not in owners, "the slot of a leaving record was given away"
-                owners[entry.slot] = entry.key
-            elif leaving_tier is tier:
-                assert heir is not None
-                key = core._copies[heir].key
-                assert owners.get(entry.slot) == key, "the slot of a leaving record is not kept for its heir"
+            slot = entry.place.slot
+            assert entry.tier is tier and entry.place.tier == index and entry.state is not State.LEAVING
+            assert slot not in owners, f"slot {slot} of tier {index} has two owners"
+            owners[slot] = entry
+        for entry in core._leaving.values():
+            if entry.tier is not tier:
+                continue
+            slot = entry.place.slot
+            if entry.heir is None:
+                assert slot not in owners, "the slot of a leaving record was given away"
+                owners[slot] = entry
+            else:
+                assert owners.get(slot) is entry.heir, "the slot of a leaving record is not kept for its heir"
         assert len(owners) == tier.config.slots, f"tier {index} lost a slot"
 
 
 def _check_copies(core: Residency) -> None:
-    ordered = {copy.id for copy in core._orders}
-    filled: set[tuple[int, object]] = set()
-    for copy in core._copies.values():
+    orders = core._orders
+    ordered = [copy.id for copy in orders.ready]
+    assert len(ordered) == len(set(ordered)) and set(ordered) <= set(orders.copies), "an order is not a live copy"
+    filled: set[Entry] = set()
+    saved: set[Entry] = set()
+    for copy in orders.copies.values():
+        blocked = copy.id in orders.blockers
+        assert not (blocked and copy.id in ordered), "a blocked copy was ordered"
         if copy.kind is Kind.WRITE_BACK:
-            assert copy.id in core._leaving
+            entry = core._leaving[copy.key]
+            assert entry.copy == copy.id and entry.place == copy.source and entry.dirty
+            saved.add(entry)
             continue
-        flight = (copy.target.tier, copy.key)
-        assert flight not in filled, "two flights of one key into one tier"
-        filled.add(flight)
         entry = core._tiers[copy.target.tier].entries[copy.key]
-        assert entry.state is State.LOADING and entry.copy == copy.id and entry.slot == copy.target.slot
+        assert entry not in filled, "two flights of one key into one tier"
+        filled.add(entry)
+        assert entry.state is State.LOADING and entry.copy == copy.id and entry.place == copy.target
+        assert entry.after is None or (blocked and entry.after.heir is entry), (
+            "a slot is filled while its last record is still being written back"
+        )
         if copy.source.tier < core._home.tier:
             source = core._tiers[copy.source.tier].entries[copy.key]
-            assert source.slot == copy.source.slot and source.leases > 0, "a copy's source may be evicted under it"
-        blocked = copy.id in core._blockers
-        assert not (blocked and copy.id in ordered), "a blocked copy was ordered"
-        if entry.vacating is not None and entry.vacating in core._leaving:
-            assert blocked, "a slot is filled while its last record is still being written back"
-        if copy.source.tier == core._home.tier and copy.key in core._stale:
+            assert source.place == copy.source and source.leases > 0, "a copy's source may be evicted under it"
+            assert blocked or source.state is State.READY, "a copy reads a slot that is being filled"
+        elif copy.key in core._leaving:
             assert blocked, "a record is loaded from a home that is out of date"
-    loading = {
-        (i, e.key) for i, tier in enumerate(core._tiers) for e in tier.entries.values() if e.state is State.LOADING
-    }
+    loading = {entry for tier in core._tiers for entry in tier.entries.values() if entry.state is State.LOADING}
     assert loading == filled, "a record waits for a copy that nobody makes"
-    for copy_id, count in core._blockers.items():
-        waits = sum(dependents.count(copy_id) for dependents in core._dependents.values())
-        assert copy_id in core._copies and waits == count > 0, "a blocked copy waits for nothing"
+    assert saved == set(core._leaving.values()), "a record leaves and nobody writes it back"
+    for copy_id, count in orders.blockers.items():
+        waits = sum(dependents.count(copy_id) for dependents in orders.dependents.values())
+        assert copy_id in orders.copies and waits == count > 0, "a blocked copy waits for nothing"
+    assert set(orders.dependents) <= set(orders.copies), "a copy waits for one that has ended"
 
 
 def _check_leases(core: Residency) -> None:
-    for index, tier in enumerate(core._tiers):
+    readers = Counter(c.source for c in core._orders.copies.values() if c.kind is not Kind.WRITE_BACK)
+    users = Counter(core._top.entries[key].place for ticket in core._live.values() for key in ticket.leased)
+    for tier in core._tiers:
         for entry in tier.entries.values():
-            readers = sum(
-                copy.key == entry.key and copy.source.tier == index and copy.kind is not Kind.WRITE_BACK
-                for copy in core._copies.values()
-            )
-            users = sum(entry.key in ticket.leased for ticket in core._live.values()) if index == 0 else 0
-            assert entry.leases == readers + users, f"{entry.key} has {entry.leases} leases for {readers + users} users"
+            count = readers[entry.place] + users[entry.place]
+            assert entry.leases == count, f"{entry.key} has {entry.leases} leases for {count} users"
             if entry.state is State.READY:
                 assert not entry.tickets, "someone waits for a record that is ready"
+                assert entry.leases or not entry.transient, "a staged record outlives its use"
     for ticket in core._live.values():
         for key in ticket.leased:
-            assert key in core._top.entries, "a leased record was evicted"
+            entry = core._top.entries[key]
+            waits = entry.state is State.LOADING
+            assert (ticket in entry.tickets) == waits, "an access is not told when its record arrives"
         for key in ticket.ready:
             assert core._top.entries[key].state is State.READY and key in ticket.leased
         if ticket.waiting:
             assert ticket in core._stuck, "an access waits and nobody remembers it"
-    waiting = sum(len(ticket.waiting) for ticket in core._live.values()) if len(core._tiers) > 1 else 0
-    assert sum(core._wanted.values()) == waiting and all(count >= 0 for count in core._wanted.values())
+            assert not core._top.entries.keys() & set(ticket.waiting), "an access waits for a record that is there"
+    waiting = Counter(key for ticket in core._live.values() for key in ticket.waiting if core._lower)
+    assert +core._wanted == waiting and all(count >= 0 for count in core._wanted.values()), "_wanted is miscounted"
+    for tier in core._lower:
+        for key in tier.entries:
+            assert key not in core._leaving, "an old version is below one on its way home"
 
 
 def _check_dirty(core: Residency) -> None:
-    for key in {entry.key for tier in core._tiers for entry in tier.entries.values()} | set(core._stale):
-        newest = [(index, entry) for index, entry in core if entry.key == key and entry.dirty]
-        assert len(newest) <= 1, f"{key} is dirty in two places"
-        for tier_index, _ in newest:
-            below = [t for t in core._tiers[tier_index + 1 :] if key in t.entries]
-            assert not below, f"an old version of {key} is kept below the dirty one"
+    for tier in core._lower:
+        for key, entry in tier.entries.items():
+            assert not entry.dirty, f"{key} is dirty below tier 0"
+            above = core._top.entries.get(key)
+            assert above is None or not above.dirty, f"an old version of {key} is kept below the dirty one"

@@ -6,6 +6,7 @@ Plain data with no decisions in it; `residency.py` is the only writer.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import NamedTuple
@@ -52,33 +53,37 @@ class Entry:
     """A record's stay in a slot."""
 
     __slots__ = (
+        "after",
         "copy",
         "dirty",
+        "heir",
         "key",
         "leases",
+        "place",
         "prefetched",
-        "slot",
         "state",
         "tickets",
+        "tier",
         "transient",
-        "vacating",
     )
 
-    def __init__(self, key: ExpertKey, slot: int, copy: int, vacating: int | None):
+    def __init__(self, tier: Tier, key: ExpertKey, place: Place, copy: int):
+        self.tier = tier
         self.key = key
-        self.slot = slot
-        self.transient = False  # staged: dropped after use, unknown to the policy
+        self.place = place
         self.state = State.LOADING
-        self.leases = 0
+        self.copy = copy  # the order that fills it while LOADING, that saves it while LEAVING
+        self.leases = 0  # users in tier 0, copies that read it
         self.dirty = False
+        self.transient = False  # staged: dropped after use, unknown to the policy
         self.prefetched = False  # by a prefetch, not demanded yet
-        self.copy = copy  # the order that fills it, while LOADING
-        self.vacating = vacating  # write-back that must end before the slot can be filled
+        self.after: Entry | None = None  # the leaving record that must be home before the slot can be filled
+        self.heir: Entry | None = None  # the other way round
         self.tickets: list[Ticket] = []  # who waits for it, while LOADING
 
 
 class Ticket:
-    """One access being served. `ready` holds leased keys in the order they became ready; the caller pops and releases."""
+    """One access being served. `ready` holds leased keys in the order they became so; the caller pops and releases."""
 
     __slots__ = ("access", "failed", "leased", "number", "ready", "waiting")
 
@@ -92,14 +97,14 @@ class Ticket:
 
     @property
     def done(self) -> bool:
-        """Every expert was served and released."""
-        return not (self.leased or self.waiting)
+        """Every expert was served and released. Never true of an access that failed: it ends by `abort`."""
+        return not self.leased and not self.waiting and self.failed is None
 
 
 @dataclass(frozen=True, slots=True)
 class TierConfig:
-    """One tier. `staging` slots serve misses that admission turns away; `floor` residents a layer are not displaced by
-    other layers while another victim exists."""
+    """One tier. `staging` slots serve misses that admission turns away (without any, it cannot turn away); `floor`
+    residents a layer are not displaced by other layers while another victim exists."""
 
     slots: int
     policy: str = "horizon"
@@ -109,22 +114,112 @@ class TierConfig:
 
 
 class Tier:
-    """The books of one tier."""
+    """The books of one tier: who has which slot, and what happened here."""
 
-    def __init__(self, config: TierConfig, layers: int, experts: int):
+    def __init__(self, index: int, config: TierConfig, layers: int, experts: int):
         if config.slots < 1:
             raise CapacityError(f"a tier needs at least 1 slot, got {config.slots}", minimum_slots=1)
         if not 0 <= config.staging < config.slots:
             raise ConfigError(f"staging must be between 0 and slots - 1 = {config.slots - 1}, got {config.staging}")
+        if config.floor < 0:
+            raise ConfigError(f"floor must not be negative, got {config.floor}")
         self.config = config
         self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, config.slots)
         self.admission: AdmissionPolicy = make_admission(config.admission)
         self.entries: dict[ExpertKey, Entry] = {}
-        self.free = list(range(config.slots - 1, -1, -1))
+        self.free = [Place(index, slot) for slot in range(config.slots - 1, -1, -1)]
         self.transients = 0
         self.residents = [0] * layers  # per layer, transients not counted
         self.hits, self.lates, self.misses = ([0] * layers for _ in range(3))
         self.evictions = self.write_backs = self.staged = 0
+
+    def insert(self, entry: Entry, access: Access) -> None:
+        """Enter a record that was given a slot."""
+        key = entry.key
+        self.entries[key] = entry
+        if entry.transient:
+            self.transients += 1
+        else:
+            self.residents[key[0]] += 1
+            self.policy.on_insert(key, access)
+
+    def remove(self, entry: Entry) -> None:
+        """Strike a record; what becomes of its slot is for the caller to say."""
+        key = entry.key
+        del self.entries[key]
+        if entry.transient:
+            self.transients -= 1
+        else:
+            self.residents[key[0]] -= 1
+            self.policy.on_remove(key)
+
+    def counters(self) -> dict[str, object]:
+        """Hits, lates and misses per layer, and totals of what they caused."""
+        return {
+            "slots": self.config.slots,
+            "policy": self.config.policy,
+            "hits": list(self.hits),
+            "lates": list(self.lates),
+            "misses": list(self.misses),
+            "evictions": self.evictions,
+            "write_backs": self.write_backs,
+            "staged": self.staged,
+        }
+
+
+class Orders:
+    """The copies that have not ended. Those that wait for others (blocked) go out when the last of these has ended."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, Copy] = {}
+        self.ready: list[Copy] = []  # to be taken
+        self.blockers: dict[int, int] = {}  # blocked copy -> how many it waits for
+        self.dependents: dict[int, list[int]] = {}  # copy -> copies that wait for it
+
+    def add(self, copy: Copy, blockers: Sequence[int]) -> None:
+        """Order a copy that must not start before `blockers` have ended."""
+        self.copies[copy.id] = copy
+        if not blockers:
+            self.ready.append(copy)
+            return
+        self.blockers[copy.id] = len(blockers)
+        for blocker in blockers:
+            self.dependents.setdefault(blocker, []).append(copy.id)
+
+    def take(self) -> list[Copy]:
+        """What can start; demand before prefetches."""
+        orders, self.ready = self.ready, []
+        if len(orders) > 1:
+            orders.sort(key=lambda copy: copy.kind is Kind.PREFETCH)
+        return orders
+
+    def withdraw(self, copy_id: int) -> Copy | None:
+        """Take back a copy that nobody has taken."""
+        if all(copy.id != copy_id for copy in self.ready):
+            return None
+        self.ready = [copy for copy in self.ready if copy.id != copy_id]
+        return self.copies.pop(copy_id)
+
+    def unblock(self, copy_id: int) -> None:
+        """This copy has ended: let go those that waited for it only."""
+        for dependent in self.dependents.pop(copy_id, ()):
+            if dependent in self.blockers:  # not undone meanwhile
+                self.blockers[dependent] -= 1
+                if not self.blockers[dependent]:
+                    del self.blockers[dependent]
+                    self.ready.append(self.copies[dependent])
+
+    def undo_dependents(self, copy_id: int) -> list[Copy]:
+        """Forget the copies that wait for this one, which failed; the caller undoes what they were for."""
+        doomed = [dependent for dependent in self.dependents.pop(copy_id, ()) if self.blockers.pop(dependent, 0)]
+        return [self.copies.pop(dependent) for dependent in doomed]
+
+
+class Grant(Enum):
+    """A slot that nobody has to leave."""
+
+    FREE = "free"
+    STAGING = "staging"
 
 
 class Room:
@@ -135,20 +230,24 @@ class Room:
         self.spare = len(tier.free) - (tier.config.staging - tier.transients)
         self.victims: list[Entry] = []  # best last: popped from the end
 
-    def offer(self, key: ExpertKey) -> Entry | bool | None:
-        """What `key` would get: a victim's slot, True for a free slot, False for a staging slot, None for nothing."""
+    def offer(self, key: ExpertKey) -> Entry | Grant | None:
+        """What `key` would get: a victim's slot, another one, or nothing."""
         if self.spare > 0:
-            return True
-        tier = self.tier
-        if self.victims:
-            victim = self.victims[-1]
-            if not tier.config.staging or tier.admission.admit(key, victim.key, self.access):
-                return victim
-        return False if tier.free and tier.config.staging > tier.transients else None
+            return Grant.FREE
+        tier, staging = self.tier, self.tier.config.staging
+        victim = self.victims[-1] if self.victims else None
+        if victim and (not staging or tier.admission.admit(key, victim.key, self.access)):
+            return victim
+        if staging > tier.transients:
+            if tier.free:
+                return Grant.STAGING
+            if not tier.transients and len(tier.entries) > tier.config.slots - staging:
+                return victim  # staged records that could not be written back stay: they must not block the others
+        return None
 
-    def accept(self, offer: Entry | bool) -> None:
+    def accept(self, offer: Entry | Grant) -> None:
         """The last offer was used."""
-        if offer is True:
+        if offer is Grant.FREE:
             self.spare -= 1
-        elif offer:
+        elif offer is not Grant.STAGING:
             self.victims.pop()

@@ -29,39 +29,38 @@ class Horizon:
     def __init__(self, layers: int, experts: int, slots: int):
         self._layers, self._experts = layers, experts
         self._residents = ResidentIndex(experts, slots)
-        self._decay = 0.5 ** (1.0 / np.array(HALF_LIVES))
-        self._activity = np.zeros((layers, len(HALF_LIVES), experts))
-        self._uses = np.zeros((layers, experts))
-        self._visits = np.zeros(layers)
-        self._probability = np.full(layers * experts, FLOOR)
-        self._weights = np.array(WEIGHTS)
+        decay = 0.5 ** (1.0 / np.array(HALF_LIVES))
+        self._decay = np.append(decay, 1.0)[:, None]
+        self._gain = np.append(1.0 - decay, 1.0)[:, None]
+        self._activity = np.zeros((layers, len(HALF_LIVES) + 1, experts))  # the averages, and the number of uses
+        self._visits = [0] * layers
+        self._probability = np.full((layers, experts), FLOOR)
+        self._weights = np.array([*WEIGHTS, 0.0])
 
     def on_access(self, access: Access) -> None:
         """One visit of the layer: every average decays, the experts in use gain."""
         layer = access.layer
-        used = [key[1] for key in access.keys]
         activity = self._activity[layer]
-        activity *= self._decay[:, None]
-        activity[:, used] += (1.0 - self._decay)[:, None]
-        self._uses[layer, used] += 1
+        activity *= self._decay
+        activity[:, [key[1] for key in access.keys]] += self._gain
         self._visits[layer] += 1
-        row = self._weights @ activity + (FREQUENCY_WEIGHT / self._visits[layer]) * self._uses[layer]
-        self._probability[layer * self._experts : (layer + 1) * self._experts] = np.clip(row, FLOOR, 1.0)
+        self._weights[-1] = FREQUENCY_WEIGHT / self._visits[layer]
+        np.maximum(self._weights @ activity, FLOOR, out=self._probability[layer])
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Start ranking the key."""
-        self._residents.add(key[0] * self._experts + key[1])
+        self._residents.add(key)
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
         """Nothing: `on_access` has already seen it."""
 
     def on_remove(self, key: ExpertKey) -> None:
         """Stop ranking the key; what was learnt stays."""
-        self._residents.remove(key[0] * self._experts + key[1])
+        self._residents.remove(key)
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Farthest next use first."""
         ids = self._residents.ids()
         layers_until = (ids // self._experts - access.layer - 1) % self._layers + 1
-        distance = layers_until / self._layers + 1.0 / self._probability[ids] - 1.0
+        distance = layers_until / self._layers + 1.0 / self._probability.take(ids) - 1.0
         return self._residents.ascending(-distance)

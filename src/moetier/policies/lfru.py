@@ -16,17 +16,19 @@ class LFRU:
 
     def __init__(self, layers: int, experts: int, slots: int):
         self._experts = experts
+        self._now = 0
         self._residents = ResidentIndex(experts, slots)
         self._uses = array("d", bytes(8 * layers * experts))
         self._last = array("d", bytes(8 * layers * experts))
         self._uses_view, self._last_view = np.frombuffer(self._uses), np.frombuffer(self._last)
 
     def on_access(self, access: Access) -> None:
-        """Nothing to learn beyond hits and inserts."""
+        """Note the time: an access that waited for slots may ask for victims after later ones were served."""
+        self._now = access.time
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Count a use and start ranking the key."""
-        self._residents.add(key[0] * self._experts + key[1])
+        self._residents.add(key)
         self.on_hit(key, access)
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
@@ -37,10 +39,10 @@ class LFRU:
 
     def on_remove(self, key: ExpertKey) -> None:
         """Stop ranking the key; its count stays."""
-        self._residents.remove(key[0] * self._experts + key[1])
+        self._residents.remove(key)
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Lowest frequency over age first."""
         ids = self._residents.ids()
-        age = access.time + 1.0 - self._last_view.take(ids)
+        age = self._now + 1.0 - self._last_view.take(ids)
         return self._residents.ascending(self._uses_view.take(ids) / age)

@@ -14,5 +14,5 @@ class LFU(LFRU):
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Fewest uses first."""
         ids = self._residents.ids()
-        recency = self._last_view.take(ids) / (access.time + 1.0)  # adds less than one use
+        recency = self._last_view.take(ids) / (self._now + 1.0)  # adds less than one use
         return self._residents.ascending(self._uses_view.take(ids) + recency)

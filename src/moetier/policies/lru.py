@@ -9,7 +9,7 @@ from moetier.access import Access, ExpertKey
 
 
 class LRU:
-    """Least recently used. A model visits its layers in a loop, so below one token's cycle of slots this hits nothing."""
+    """Least recently used. A model visits its layers in a loop: with less than one token's cycle of slots, no hits."""
 
     def __init__(self, layers: int, experts: int, slots: int):
         self._order: OrderedDict[ExpertKey, None] = OrderedDict()

@@ -14,38 +14,40 @@ HEAD = 32  # more than an access usually evicts; the rest is sorted only if some
 
 
 class ResidentIndex:
-    """The ids `layer * experts + expert` of a tier's residents, packed side by side for vectorised scoring."""
+    """A tier's residents, packed side by side with their ids (`layer * experts + expert`) for vectorised scoring."""
 
     def __init__(self, experts: int, slots: int):
         self._experts = experts
         self._ids = array("q", bytes(8 * slots))  # written item by item, where array is faster than numpy
         self._view = np.frombuffer(self._ids, dtype=np.int64)
-        self._position: dict[int, int] = {}
+        self._keys: list[ExpertKey] = []
+        self._position: dict[ExpertKey, int] = {}
 
-    def add(self, identity: int) -> None:
-        """Insert an id that is not present."""
-        position = self._position[identity] = len(self._position)
-        self._ids[position] = identity
+    def add(self, key: ExpertKey) -> None:
+        """Insert a key that is not present."""
+        position = self._position[key] = len(self._keys)
+        self._keys.append(key)
+        self._ids[position] = key[0] * self._experts + key[1]
 
-    def remove(self, identity: int) -> None:
-        """Remove an id; the last one takes its place."""
-        hole = self._position.pop(identity)
-        last = len(self._position)
-        if hole != last:
-            moved = self._ids[hole] = self._ids[last]
+    def remove(self, key: ExpertKey) -> None:
+        """Remove a key; the last one takes its place."""
+        hole = self._position.pop(key)
+        moved = self._keys.pop()
+        if hole != len(self._keys):
+            self._keys[hole] = moved
             self._position[moved] = hole
+            self._ids[hole] = self._ids[len(self._keys)]
 
     def ids(self) -> NDArray[np.int64]:
         """A view of the ids of all residents."""
-        return self._view[: len(self._position)]
+        return self._view[: len(self._keys)]
 
     def ascending(self, scores: NDArray[np.float64]) -> Iterator[ExpertKey]:
         """Keys by ascending score (scores aligned with `ids()`; overwritten). Ties: first in packed order first."""
-        ids, experts = self._ids, self._experts
-        for _ in range(min(HEAD, len(scores))):
-            best = int(scores.argmin())  # vectorised: a handful of these is cheaper than any partition
+        keys = self._keys
+        for _ in range(min(HEAD, len(keys))):
+            best = scores.argmin()  # vectorised: a handful of these is cheaper than any partition
             scores[best] = np.inf
-            yield ExpertKey(*divmod(ids[best], experts))
-        order = scores.argsort(kind="stable")[: max(0, len(scores) - HEAD)]
-        for identity in self.ids()[order].tolist():
-            yield ExpertKey(*divmod(identity, experts))
+            yield keys[best]
+        for index in scores.argsort(kind="stable")[: max(0, len(keys) - HEAD)].tolist():
+            yield keys[index]

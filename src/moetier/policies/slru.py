@@ -1,10 +1,9 @@
-"""SLRU, frequency-aware: a segmented LRU whose probationary victim is its least used entry (SharpInference #74, #77)."""
+"""SLRU, frequency-aware: a segmented LRU that evicts the least used of its probation (SharpInference #74, #77)."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from itertools import islice
 
 from moetier.access import Access, ExpertKey
 
@@ -24,6 +23,7 @@ class SLRU:
         self._probationary: OrderedDict[ExpertKey, None] = OrderedDict()  # least recent first
         self._protected: OrderedDict[ExpertKey, None] = OrderedDict()
         self._uses: Counter[ExpertKey] = Counter()
+        self._newest: ExpertKey | None = None
 
     def on_access(self, access: Access) -> None:
         """Nothing to learn beyond hits and inserts."""
@@ -32,6 +32,7 @@ class SLRU:
         """Insert at the head of the probationary segment."""
         self._uses[key] += 1
         self._probationary[key] = None
+        self._newest = key
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
         """Promote, or refresh within the protected segment."""
@@ -57,8 +58,10 @@ class SLRU:
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Probationary by uses, then protected from the least recent, and the newest insert last of all."""
-        oldest = islice(self._probationary, max(0, len(self._probationary) - 1))
-        yield from sorted(oldest, key=self._uses.__getitem__)  # stable: the older wins ties
+        newest = self._newest if self._newest in self._probationary else None
+        for key in sorted(self._probationary, key=self._uses.__getitem__):  # stable: the older wins ties
+            if key != newest:
+                yield key
         yield from self._protected
-        if self._probationary:
-            yield next(reversed(self._probationary))
+        if newest:
+            yield newest
