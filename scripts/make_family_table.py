@@ -14,35 +14,36 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from families import FAMILIES, VOCAB, WITHOUT_HOOK, Family, available, make_checkpoint  # noqa: E402
-
 import moetier  # noqa: E402
+from families import FAMILIES, VOCAB, WITHOUT_HOOK, Family, available, make_checkpoint  # noqa: E402
 from moetier.hf import find_experts  # noqa: E402
 from moetier.stores.shards import Shards  # noqa: E402
 
 INTRODUCTION = """\
 # Families
 
-Which Mixture-of-Experts families run out of core. *bit-identical* means: a tiny checkpoint of the family, with a quarter of
-its experts resident, gives the same bits as the plain model in memory, for a batched prefill, for one-token steps with a
-cache and for greedy generation from a padded batch, with every eviction policy (`tests/test_families.py`).
+Which Mixture-of-Experts families run out of core. *bit-identical* means: a tiny checkpoint of the family, with a
+quarter of its experts resident, gives the same bits as the plain model in memory: for a batched prefill, for
+one-token steps with a cache, and for greedy generation from a padded batch, with every eviction policy
+(`tests/test_families.py`).
 
 moetier knows no family by name. It runs those whose experts module uses the experts interface of transformers
-(`use_experts_implementation`), and reads their checkpoints by the model's own loading rules. A family that is not listed and
-uses that interface should run too.
+(`use_experts_implementation`), and reads their checkpoints by the model's own loading rules. A family that is not
+listed and uses that interface should run too.
 
-This page is written by `scripts/make_family_table.py`; made with transformers {version}. In the column *stored*, *per
-expert* means one tensor per expert and matrix, *fused* one tensor for all experts of a layer; *as they are* means that an
-expert's bytes are read straight into its slot, *converted* that the loader's operations run on each expert as it is read.
+This page is written by `scripts/make_family_table.py`; made with transformers {version}. In the column *stored*,
+*per expert* means one tensor per expert and matrix, *fused* one tensor for all experts of a layer; *as they are*
+means that an expert's bytes are read straight into its slot, *converted* that the loader's operations run on each
+expert as it is read.
 
 | family | experts module | stored | differs from the default by | outcome |
 | --- | --- | --- | --- | --- |
 """
 
 NOTES = """
-Quantised checkpoints (fp8, mxfp4, …) are refused for now: load an fp32, fp16 or bf16 one. In float32 on a CPU, the product
-of a single row can depend in its last bit on where in memory the weights start; this holds for transformers too, whose
-weights start where the file puts them.
+Quantised checkpoints (fp8, mxfp4, …) are refused for now: load an fp32, fp16 or bf16 one. In float32 on a CPU, the
+product of a single row can depend in its last bit on where in memory the weights start; this holds for transformers
+too, whose weights start where the file puts them.
 """
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, WITHOUT_HOOK, Family, available, make_checkpoint
 
 import moetier
+from families import FAMILIES, WITHOUT_HOOK, Family, available, make_checkpoint
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import family_class
-from families import FAMILIES, VOCAB, WITHOUT_HOOK
 from safetensors.torch import load_file, save_file
 
 import moetier
+from conftest import family_class
+from families import FAMILIES, VOCAB, WITHOUT_HOOK
 from moetier import POLICIES, UnsupportedModelError
 from moetier.hf import Options, build_cache
 

@@ -1,4 +1,4 @@
-"""A tiered model is used like any other: both doors, every kind of generation, threads, statistics, the ends of things."""
+"""A tiered model is used like any other: both doors, every kind of generation, threads, statistics, its end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import VOCAB
 from transformers import AutoModelForCausalLM, StaticCache
 
 import moetier
+from families import VOCAB
 from moetier import ConfigError, MoetierError, TieredExpertsConfig, UnsupportedModelError, eventlog
 from moetier.access import ExpertKey
 
