@@ -129,6 +129,7 @@ class ExpertCache:
         """Stop the threads and close the files. Streams asked for afterwards raise."""
         with self._condition:
             self._closed = True
+            self._condition.notify_all()
         self.mover.close()
         self.store.close()
         self.host.close()
@@ -175,6 +176,8 @@ class ExpertCache:
                 raise self._error(ticket.failed)
             if ticket.ready:
                 return
+            if self._closed:
+                raise MoetierError("the expert cache is closed")
             if not self.core.busy and set(self._owners.values()) == {threading.get_ident()}:
                 raise CapacityError(
                     "all slots are leased by streams that this thread left open; finish them first, or give more slots",
