@@ -7,6 +7,9 @@ its newest version. So a slot reused too early, a stale home or a lost update al
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from random import Random
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -74,12 +77,105 @@ class Memory:
         self.slots[self.core.place(key)] = (key, self.newest[key])
 
 
-def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
-    def build(slots: int, staging: int, policy: str, admission: str, floor: int) -> TierConfig:
-        return TierConfig(slots, policy, admission, min(staging, slots - 1), floor)
+class Run:
+    """A core, its memory, and several users; the calls below are what happens to them."""
 
+    def __init__(self, tiers: list[TierConfig]):
+        self.core = Recorder(Residency(tiers, LAYERS, EXPERTS))
+        self.memory = Memory(self.core)
+        self.time = 0
+        self.live: list[Ticket] = []
+        self.held: list[tuple[Ticket, ExpertKey]] = []  # popped from ready, not released
+
+    def acquire(self, layer: int, experts: Iterable[int], phase: Phase) -> None:
+        self.time += 1
+        access = Access(self.time, layer, tuple(ExpertKey(layer, expert) for expert in sorted(experts)), phase=phase)
+        needed_here = {key for key in access.keys if key in self.core.residents()}
+        ticket = self.core.acquire(access)
+        assert needed_here <= ticket.leased, "a resident that the access needs was not leased"
+        if not ticket.done:
+            self.live.append(ticket)
+
+    def use(self, ticket: Ticket) -> None:
+        key = ticket.ready.popleft()
+        self.memory.use(key)
+        self.held.append((ticket, key))
+
+    def release(self, index: int, dirty: bool) -> None:
+        ticket, key = self.held.pop(index)
+        self.memory.use(key)
+        dirty = dirty and all(other != key for _, other in self.held)  # two users must not both change a record
+        if dirty:
+            self.memory.update(key)
+        self.core.release(ticket, key, dirty)
+        if ticket.done:
+            self.live.remove(ticket)
+
+    def abort(self, ticket: Ticket) -> None:
+        self.core.abort(ticket)
+        self.live.remove(ticket)
+        self.held = [(other, key) for other, key in self.held if other is not ticket]
+
+    def prefetch(self, key: ExpertKey, displace: bool) -> None:
+        before = self.core.residents()
+        accepted = self.core.prefetch(key, displace)
+        assert displace or before <= self.core.residents(), "a prefetch displaced something"
+        assert not (accepted and key in before)
+
+    def pin(self, key: ExpertKey) -> None:
+        try:
+            self.core.pin(key)
+        except CapacityError as error:
+            assert error.minimum_slots > self.core.configs[0].slots
+
+    def check(self) -> None:
+        self.core.check()
+        for tier in self.core.core._tiers:
+            for key, entry in tier.entries.items():
+                if entry.state is State.READY:
+                    assert self.memory.slots[entry.place] == (key, self.memory.newest[key]), f"old bytes of {key}"
+
+    def drain(self) -> None:
+        """Serve everybody; must end whatever state the core is in."""
+        for _ in range(200):
+            self.memory.start()
+            for copy_id in sorted(self.memory.flights):
+                self.memory.end(copy_id, True)
+            while self.held:
+                self.release(0, False)
+            for ticket in list(self.live):
+                while ticket.ready:
+                    self.use(ticket)
+                    self.release(0, False)
+                if ticket.failed is not None:
+                    self.abort(ticket)
+            if not self.live and not self.core.busy:
+                return
+        raise AssertionError(f"no progress: {len(self.live)} accesses are not served")
+
+    def finish(self) -> None:
+        """Nothing hangs, nothing is lost, every record can still be had, and a replay decides the same."""
+        self.drain()
+        self.check()
+        assert not self.core.tickets and all(not tier.transients for tier in self.core.core._tiers)
+        top = self.core.core._top.entries
+        for key in KEYS:
+            dirty = key in top and top[key].dirty
+            assert dirty or self.memory.home[key] == (key, self.memory.newest[key]), f"an update of {key} was lost"
+        counts = self.core.counters()["prefetches"]
+        assert counts["issued"] == counts["useful"] + counts["wasted"] + sum(e.prefetched for e in top.values())
+        for layer in range(LAYERS):
+            self.acquire(layer, range(EXPERTS), Phase.PREFILL)
+            self.drain()
+            self.check()
+        again = replay(self.core.log)
+        again.check()
+        assert again.digest() == self.core.digest() and again.residents() == self.core.residents()
+
+
+def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
     return st.builds(
-        build,
+        lambda slots, staging, *rest: TierConfig(slots, rest[0], rest[1], min(staging, slots - 1), rest[2]),
         st.sampled_from([1, 2, 3, 4, 6, 16] if top else [1, 2, 3, 5, 8, 16]),
         st.sampled_from([0, 0, 1, 2, 3]),
         st.sampled_from(sorted(POLICIES)),
@@ -91,169 +187,126 @@ def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
 class CoreMachine(RuleBasedStateMachine):
     """Several live accesses over one to three tiers; copies end in any order, some fail."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.time = 0
-        self.live: list[Ticket] = []
-        self.held: list[tuple[Ticket, ExpertKey]] = []  # popped from ready, not released
-        self.digests: list[int] = []
-
     @initialize(top=tier_configs(True), lower=st.lists(tier_configs(False), max_size=2))
     def build(self, top: TierConfig, lower: list[TierConfig]) -> None:
-        self.core = Recorder(Residency([top, *lower], LAYERS, EXPERTS))
-        self.memory = Memory(self.core)
+        self.run = Run([top, *lower])
 
-    # -- rules --------------------------------------------------------------------------------------------------------
-
-    @precondition(lambda self: len(self.live) < 3)
+    @precondition(lambda self: len(self.run.live) < 3)
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)), phase=st.sampled_from(Phase))
     def acquire(self, layer: int, experts: set[int], phase: Phase) -> None:
-        self.time += 1
-        access = Access(self.time, layer, tuple(ExpertKey(layer, expert) for expert in sorted(experts)), phase=phase)
-        needed_here = {key for key in access.keys if key in self.core.residents()}
-        ticket = self.core.acquire(access)
-        assert needed_here <= ticket.leased, "a resident that the access needs was not leased"
-        self.digests.append(self.core.digest())
-        if not ticket.done:
-            self.live.append(ticket)
+        self.run.acquire(layer, experts, phase)
 
-    @precondition(lambda self: any(ticket.ready for ticket in self.live))
+    @precondition(lambda self: any(ticket.ready for ticket in self.run.live))
     @rule(data=st.data())
     def use(self, data: st.DataObject) -> None:
-        ticket = data.draw(st.sampled_from([ticket for ticket in self.live if ticket.ready]))
-        key = ticket.ready.popleft()
-        self.memory.use(key)
-        self.held.append((ticket, key))
+        self.run.use(data.draw(st.sampled_from([ticket for ticket in self.run.live if ticket.ready])))
 
-    @precondition(lambda self: self.held)
+    @precondition(lambda self: self.run.held)
     @rule(data=st.data(), dirty=st.booleans())
     def release(self, data: st.DataObject, dirty: bool) -> None:
-        ticket, key = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-        self.memory.use(key)
-        if dirty:
-            if any(other == key for _, other in self.held):
-                return self._give_back(ticket, key, False)  # two users must not both change a record
-            self.memory.update(key)
-        self._give_back(ticket, key, dirty)
+        self.run.release(data.draw(st.integers(0, len(self.run.held) - 1)), dirty)
 
-    def _give_back(self, ticket: Ticket, key: ExpertKey, dirty: bool) -> None:
-        self.core.release(ticket, key, dirty)
-        if ticket.done:
-            self.live.remove(ticket)
-
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.run.live)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
-        self._abort(data.draw(st.sampled_from(self.live)))
-
-    def _abort(self, ticket: Ticket) -> None:
-        self.core.abort(ticket)
-        self.live.remove(ticket)
-        self.held = [(other, key) for other, key in self.held if other is not ticket]
+        self.run.abort(data.draw(st.sampled_from(self.run.live)))
 
     @rule()
     def start(self) -> None:
-        self.memory.start()
+        self.run.memory.start()
 
-    @precondition(lambda self: self.memory.flights)
+    @precondition(lambda self: self.run.memory.flights)
     @rule(data=st.data(), ok=st.sampled_from([True, True, True, False]))
     def complete(self, data: st.DataObject, ok: bool) -> None:
-        self.memory.end(data.draw(st.sampled_from(sorted(self.memory.flights))), ok)
+        self.run.memory.end(data.draw(st.sampled_from(sorted(self.run.memory.flights))), ok)
 
     @rule(key=st.sampled_from(KEYS), displace=st.booleans())
     def prefetch(self, key: ExpertKey, displace: bool) -> None:
-        before = self.core.residents()
-        accepted = self.core.prefetch(key, displace)
-        assert displace or before <= self.core.residents(), "a prefetch displaced something"
-        assert not (accepted and key in before)
+        self.run.prefetch(key, displace)
 
     @rule(key=st.sampled_from(KEYS))
     def cancel(self, key: ExpertKey) -> None:
-        self.core.cancel(key)
+        self.run.core.cancel(key)
 
     @rule(key=st.sampled_from(KEYS))
     def pin(self, key: ExpertKey) -> None:
-        try:
-            self.core.pin(key)
-        except CapacityError as error:
-            assert error.minimum_slots > self.core.configs[0].slots
+        self.run.pin(key)
 
     @rule(key=st.sampled_from(KEYS))
     def unpin(self, key: ExpertKey) -> None:
-        self.core.unpin(key)
-
-    # -- what must hold -----------------------------------------------------------------------------------------------
+        self.run.core.unpin(key)
 
     @invariant()
     def consistent(self) -> None:
-        if hasattr(self, "core"):
-            self.core.check()
-            for tier in self.core.core._tiers:
-                for key, entry in tier.entries.items():
-                    if entry.state is State.READY:
-                        assert self.memory.slots[entry.place] == (key, self.memory.newest[key]), f"old bytes of {key}"
-
-    def drain(self) -> None:
-        """Serve everybody; must end whatever state the core is in."""
-        for _ in range(1000):
-            self.memory.start()
-            for copy_id in sorted(self.memory.flights):
-                self.memory.end(copy_id, True)
-            for ticket, key in self.held:
-                self._give_back(ticket, key, False)
-            self.held.clear()
-            for ticket in list(self.live):
-                while ticket.ready:
-                    key = ticket.ready.popleft()
-                    self.memory.use(key)
-                    self._give_back(ticket, key, False)
-                if ticket.failed is not None:
-                    self._abort(ticket)
-            if not self.live and not self.core.busy:
-                return
-        raise AssertionError(f"no progress: {len(self.live)} accesses are not served")
+        if hasattr(self, "run"):
+            self.run.check()
 
     def teardown(self) -> None:
-        if not hasattr(self, "core"):
-            return
-        self.drain()
-        self.consistent()
-        assert not self.core.tickets and all(not tier.transients for tier in self.core.core._tiers)
-        for key in KEYS:
-            dirty = any(e.dirty for tier in self.core.core._tiers for k, e in tier.entries.items() if k == key)
-            assert dirty or self.memory.home[key] == (key, self.memory.newest[key]), f"an update of {key} was lost"
-        counts = self.core.counters()["prefetches"]
-        unused = sum(entry.prefetched for entry in self.core.core._top.entries.values())
-        assert counts["issued"] == counts["useful"] + counts["wasted"] + unused
-        self.serve_everything()
-        again = replay(self.core.log)
-        assert again.digest() == self.core.digest()
-        again.check()
-
-    def serve_everything(self) -> None:
-        """Whatever happened before, every record can still be had, and is the newest."""
-        for layer in range(LAYERS):
-            self.acquire_all(layer)
-        self.consistent()
-
-    def acquire_all(self, layer: int) -> None:
-        self.time += 1
-        ticket = self.core.acquire(
-            Access(self.time, layer, tuple(key for key in KEYS if key.layer == layer), phase=Phase.PREFILL)
-        )
-        self.live.append(ticket)
-        self.drain()
+        if hasattr(self, "run"):
+            self.run.finish()
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    max_examples=80, stateful_step_count=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 
 
 @pytest.mark.timeout(60)
 class TestCoreMachine(CoreMachine.TestCase):
-    """Picked up by pytest; `settings` above keep it short and repeatable."""
+    """Hypothesis shrinks what it finds here to a few calls; the test below goes through far more of them."""
+
+
+def random_tiers(random: Random) -> list[TierConfig]:
+    tiers = []
+    for _ in range(random.choice([1, 1, 2, 2, 3])):
+        slots = random.choice([1, 2, 3, 4, 6, 16])
+        staging = random.choice([0, 0, 1, 2])
+        policy, admission = random.choice(sorted(POLICIES)), random.choice(sorted(ADMISSIONS))
+        tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
+    return tiers
+
+
+def random_step(run: Run, random: Random) -> None:
+    key = random.choice(KEYS)
+    kind = random.choices(
+        ["acquire", "use", "release", "start", "complete", "abort", "prefetch", "cancel", "pin", "unpin"],
+        [10, 20, 20, 14, 24, 1, 5, 2, 2, 2],
+    )[0]
+    ready = [ticket for ticket in run.live if ticket.ready]
+    if kind == "acquire" and len(run.live) < 3:
+        layer = key.layer if random.random() < 0.5 else run.time % LAYERS
+        run.acquire(layer, random.sample(range(EXPERTS), random.randint(1, EXPERTS)), random.choice(list(Phase)))
+    elif kind == "use" and ready:
+        run.use(random.choice(ready))
+    elif kind == "release" and run.held:
+        run.release(random.randrange(len(run.held)), random.random() < 0.4)
+    elif kind == "start":
+        run.memory.start()
+    elif kind == "complete" and run.memory.flights:
+        run.memory.end(random.choice(sorted(run.memory.flights)), random.random() < 0.88)
+    elif kind == "abort" and run.live:
+        run.abort(random.choice(run.live))
+    elif kind == "prefetch":
+        run.prefetch(key, random.random() < 0.5)
+    elif kind == "cancel":
+        run.core.cancel(key)
+    elif kind == "pin":
+        run.pin(key)
+    elif kind == "unpin":
+        run.core.unpin(key)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("block", range(8))
+def test_random_interleavings(block: int) -> None:
+    """Also proves the replay: `finish` compares digests."""
+    for seed in range(40 * block, 40 * block + 40):
+        random = Random(seed)
+        run = Run(random_tiers(random))
+        try:
+            for _ in range(100):
+                random_step(run, random)
+                run.check()
+            run.finish()
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}, {run.core.configs}: {error}") from error

@@ -114,14 +114,13 @@ def _check_leases(core: Residency) -> None:
             assert not core._top.entries.keys() & set(ticket.waiting), "an access waits for a record that is there"
     waiting = Counter(key for ticket in core._live.values() for key in ticket.waiting if core._lower)
     assert +core._wanted == waiting and all(count >= 0 for count in core._wanted.values()), "_wanted is miscounted"
-    for tier in core._lower:
-        for key in tier.entries:
-            assert key not in core._leaving, "an old version is below one on its way home"
 
 
 def _check_dirty(core: Residency) -> None:
     for tier in core._lower:
         for key, entry in tier.entries.items():
             assert not entry.dirty, f"{key} is dirty below tier 0"
+            old = key in core._leaving and entry.state is State.READY
+            assert not old, f"an old version of {key} is kept below the one on its way home"
             above = core._top.entries.get(key)
             assert above is None or not above.dirty, f"an old version of {key} is kept below the dirty one"
