@@ -70,6 +70,8 @@ class ExpertCache:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
+            if self.mover.done:  # what failed for an earlier access must not fail this one
+                self._drain()
             if access.time <= self._time:  # another thread was faster: time must not run backwards for the policies
                 access = replace(access, time=self._time + 1)
             self._time = access.time
