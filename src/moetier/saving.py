@@ -16,8 +16,9 @@ from types import MethodType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from moetier.errors import ConfigError, StoreError
+from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.mapping import DTYPES, LayerMap
 from moetier.plan import parse_size
 from moetier.stores.diskio import DiskFile
@@ -43,12 +44,17 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
             raise ConfigError(f"{folder} holds the checkpoint that the experts are read from; save to another folder")
         if folder.is_file():
             raise ConfigError(f"{folder} is a file; give a folder to save to")
-        folder.mkdir(parents=True, exist_ok=True)
         limit = parse_size(kwargs.get("max_shard_size", "5GB"), "max_shard_size")
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
-            plain_save(self, scratch, **kwargs)
-            _add_experts(Path(scratch), shards, targets, limit)
-            _publish(Path(scratch), folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
+                plain_save(self, scratch, **kwargs)
+                _add_experts(Path(scratch), shards, targets, limit)
+                _publish(Path(scratch), folder)
+        except MoetierError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{folder}: the model could not be saved: {error}") from error
 
     object.__setattr__(model, "save_pretrained", MethodType(save_pretrained, model))
 
@@ -56,8 +62,11 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
 def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], limit: int) -> None:
     """Write expert shards beside those of the other weights, and one index over all."""
     weights: dict[str, Path] = {}
+    total = sum(_nbytes(shards.tensors[name], dtype) for name, dtype in targets.items())
     for file in sorted(folder.glob("*.safetensors")):
-        weights |= dict.fromkeys(Shards.from_files([file]).tensors, file)
+        entries = Shards.from_files([file]).tensors
+        weights |= dict.fromkeys(entries, file)
+        total += sum(entry.nbytes for entry in entries.values())
     plain_files = sorted(set(weights.values()))
     groups = list(_groups([shards.tensors[name] for name in targets], targets, limit))
     count = len(plain_files) + len(groups)
@@ -69,7 +78,6 @@ def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], 
     for group, name in zip(groups, names[len(plain_files) :], strict=True):
         _write_shard(folder / name, shards, group, targets)
         weight_map |= {entry.name: name for entry in group}
-    total = sum((folder / name).stat().st_size for name in names)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
