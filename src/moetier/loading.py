@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from moetier.errors import CheckpointError, ConfigError, MoetierError, UnsupportedModelError
 from moetier.hf import Options, TieredExpertsConfig, detach_experts, find_experts, map_experts, plan_for
@@ -18,6 +18,7 @@ from moetier.sizing import kv_nbytes
 from moetier.stores.shards import Shards
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_LOADER_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ArithmeticError)
 
 
 def from_pretrained(
@@ -69,7 +70,7 @@ def from_pretrained(
         return model_class.from_pretrained(folder, quantization_config=config, **kwargs)
     except MoetierError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LOADER_ERRORS as error:
         raise translate(error, model) from error
 
 
@@ -114,7 +115,7 @@ def inspect(folder: Path, options: Options, device: torch.device | None = None, 
         dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except _LOADER_ERRORS as error:
         raise translate(error, folder) from error
     modules = find_experts(model)
     maps, top_k = map_experts(model, modules, shards, dtype)
@@ -136,21 +137,28 @@ def check_folder(folder: Path) -> Shards:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the file again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: is not a JSON object; download the file again")
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "method unknown") if isinstance(quantised, dict) else quantised
         raise UnsupportedModelError(
             f"{path}: the checkpoint is quantised ({method}); moetier runs fp32, fp16 and bf16 checkpoints so far"
         )
     if "auto_map" not in config:
-        try:
-            AutoConfig.for_model(config.get("model_type", ""))
-        except ValueError:
-            raise UnsupportedModelError(
-                f"{path}: model type {config.get('model_type')!r} is unknown to this version of transformers; upgrade it"
-            ) from None
-        except Exception:  # only the name matters here; the values are checked when the model is built
-            pass
+        _check_values(path, config)
     return Shards.open(folder)
+
+
+def _check_values(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{path}: model type {kind!r} is unknown to this version of transformers; upgrade it"
+        )
+    try:
+        CONFIG_MAPPING[kind].from_dict(dict(config))
+    except Exception as error:  # whatever its own checks raise
+        text = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: has a value that cannot be used: {text}; download the file again") from error
 
 
 def translate(error: Exception, model: str | Path) -> MoetierError:
@@ -158,6 +166,8 @@ def translate(error: Exception, model: str | Path) -> MoetierError:
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
     if "trust_remote_code" in text:
         return ConfigError(f"{model}: this model needs its own code; pass trust_remote_code=True if you trust it")
+    if "unexpected keyword argument" in text:
+        return ConfigError(f"{model}: {text}; see moetier.Options for the arguments that moetier takes")
     if isinstance(error, OSError):
         return CheckpointError(f"{model}: {text}")
     return CheckpointError(f"{model}: the checkpoint and its config.json do not fit together: {text}")
