@@ -263,7 +263,8 @@ class MemoryGroup:
     def stats(self) -> dict[str, int]:
         """Peak usage (page cache included), and how often the limit was hit."""
         if self.version == 1:
-            failures = int((self.folder / "memory.failcnt").read_text())
+            counters = [self.folder / f"memory.{name}failcnt" for name in ("", "memsw.")]
+            failures = sum(int(file.read_text()) for file in counters if file.is_file())
             oom = re.search(r"oom_kill (\d+)", (self.folder / "memory.oom_control").read_text())
             peak = int((self.folder / "memory.max_usage_in_bytes").read_text())
             return {"peak": peak, "limit_hits": failures, "killed": int(oom[1]) if oom else 0}

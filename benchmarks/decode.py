@@ -320,6 +320,7 @@ class ReadPath:
 
         link = self.cache.mover.links[0]
         before, begin = link.nbytes, time.perf_counter()
+        self.next += -self.next % width
         while link.nbytes - before < nbytes:
             layer, first = divmod(self.next, self.experts)
             keys = tuple(ExpertKey(layer % self.layers, expert) for expert in range(first, first + width))
@@ -445,7 +446,7 @@ class Benchmark:
         """Layers whose experts accelerate keeps in memory."""
         if self.args.accelerate_resident is not None:
             return int(self.args.accelerate_resident)
-        return int(self.shape.layers * int(share or 100) / 100) - 1
+        return int(self.shape.layers * int(share or 100) / 100)
 
     def main(self) -> None:
         self.prepare()
