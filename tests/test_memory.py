@@ -1,0 +1,97 @@
+"""The peak memory of a run stays within its plan, measured in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from conftest import family_class
+from families import FAMILIES
+from moetier.sizing import BASE_WORKSPACE
+
+MIB = 1 << 20
+CHILD = """
+import json, sys
+import torch, transformers
+import moetier, moetier.loading
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+folder, kind, way = sys.argv[1:]
+kind = getattr(transformers, kind)
+
+def status(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    return int(lines[name].split()[0]) * 1024
+
+torch.mm(torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torch.bfloat16))
+result = {"base": status("VmRSS")}
+if way == "tiered":
+    model = moetier.from_pretrained(folder, slots="25%", context=128, model_class=kind)
+    plan = model.moetier.plan
+    result |= {"total": plan.host_total_nbytes, "tier": plan.tiers[0].nbytes, "rest": plan.workload.resident_nbytes}
+    result |= {"largest": max(entry.nbytes for entry in model.moetier.cache.store.shards.tensors.values())}
+else:
+    model = kind.from_pretrained(folder, dtype="auto")
+result["loaded"] = status("VmHWM") - result["base"]
+ids = torch.arange(3, 103)[None]
+with torch.no_grad():
+    greedy = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
+result["peak"] = status("VmHWM") - result["base"]
+result["tokens"] = output[0, 100:].tolist()
+if way == "tiered":
+    result["misses"] = sum(map(sum, (tier["misses"] for tier in model.moetier.stats()["tiers"])))
+print(json.dumps(result))
+"""
+
+
+def measure(folder: Path, name: str, way: str) -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder), FAMILIES[name].model, way],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])  # stored per expert, stored fused
+def test_the_peak_stays_within_the_plan(name: str, tmp_path: Path) -> None:
+    kind = family_class(name)
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "num_hidden_layers": 5}
+    config = getattr(transformers, FAMILIES[name].config)(
+        **dict(FAMILIES[name].settings) | sizes | {"vocab_size": VOCAB}
+    )
+    model = kind._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    del model
+    experts = 4 * 16 * 3 * 512 * 1024 * 2
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) > experts == 192 * MIB
+
+    tiered = measure(tmp_path, name, "tiered")
+    sizes = {key: round(value / MIB, 1) for key, value in tiered.items() if key not in ("tokens", "misses")}
+    print(f"{name}, MiB: {sizes}")
+    assert 48 * MIB <= tiered["tier"] <= 49 * MIB
+    assert tiered["total"] >= tiered["tier"] + tiered["rest"] + BASE_WORKSPACE
+    assert tiered["peak"] <= tiered["total"]
+    assert tiered["peak"] < experts / 2 and tiered["misses"] > 20
+    # while loading, nothing is there but the other weights: no fused tensor is built, no slot is filled
+    assert tiered["loaded"] <= tiered["rest"] + BASE_WORKSPACE
+    if name == "mixtral":  # the measurement would see a model in memory
+        plain = measure(tmp_path, name, "plain")
+        assert plain["peak"] > experts and plain["tokens"] == tiered["tokens"]
+    else:
+        assert tiered["largest"] == 16 * 2 * 512 * 1024 * 2
+        assert tiered["loaded"] < tiered["rest"] + tiered["largest"]
