@@ -55,12 +55,9 @@ def test_sizes(text: str | int, nbytes: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "-1", "1..5g", "1e9", "1 XB", "1 G i B", "8 GiBs", "nan", "½g", True, None, 1.5]
+    "text", ["", "GiB", "-1", "1..5g", "1e9", "1 XB", "1 G i B", "8 GiBs", "nan", "½g", True, None]
 )
 def test_what_is_not_a_size(text: Any) -> None:
-    if text == 1.5:
-        assert parse_size(text) == 1  # a number of bytes, rounded down
-        return
     with pytest.raises(ConfigError, match=r"host_memory: .* is not a size; write bytes or a number with a unit"):
         parse_size(text, "host_memory")
 
