@@ -42,7 +42,3 @@ class StoreError(MoetierError, OSError):
 
 class CheckpointError(StoreError):
     """A checkpoint is incomplete, malformed, or disagrees with its configuration."""
-
-
-class ReplayError(MoetierError):
-    """A replayed event log led to another decision than the recorded run."""
