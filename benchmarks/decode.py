@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import time
@@ -789,6 +790,7 @@ def main() -> None:
     elif args.update_docs:
         update_docs(args.update_docs)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child and removes its control group
         try:
             Benchmark(args).main()
         except NoMemoryGroup as error:
