@@ -60,7 +60,7 @@ def test_all_of_an_access_is_kept(tmp_path: Path) -> None:
 
 def test_digests_do_not_depend_on_the_process() -> None:
     script = (
-        "from moetier import *\n"
+        "from moetier import Access, ExpertKey, Residency, TierConfig\n"
         "core = Residency([TierConfig(2), TierConfig(3)], 2, 4)\n"
         "core.acquire(Access(1, 0, (ExpertKey(0, 1), ExpertKey(0, 2)))); print(core.digest())"
     )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from moetier.access import Access, ExpertKey, Phase
 from moetier.errors import CapacityError, ConfigError
 from moetier.policies import ADMISSIONS, POLICIES
+from moetier.policies.lru import LRU
 from moetier.residency import Residency
 from moetier.tiers import Copy, Kind, Place, Ticket, TierConfig
 
@@ -179,6 +182,16 @@ def test_abort_gives_everything_back() -> None:
     assert bench.core.residents() == {k(1, 1), k(1, 2)} and bench.core.tickets == []
 
 
+def test_slots_that_come_free_together_serve_all_who_wait() -> None:
+    bench = Bench(2)
+    holder = bench(0, 0, 1)
+    bench.end(*bench.core.take())
+    bench(1, 0)
+    bench(2, 0)
+    bench.core.abort(holder)
+    assert [copy.key for copy in bench.core.take()] == [k(1, 0), k(2, 0)]
+
+
 def test_abort_of_a_waiting_access() -> None:
     bench = Bench(1, 2)
     holder = bench(0, 0)
@@ -264,6 +277,14 @@ def test_floor_protects_other_layers_while_another_victim_exists() -> None:
     assert bench.core.residents() == {k(0, 0), k(1, 2), k(2, 0), k(2, 1)}, "LRU alone would evict (0, 0) first"
     bench.finish(bench(3, *range(4)))
     assert bench.core.residents() == {k(3, expert) for expert in range(4)}, "the floor gives way if it must"
+
+
+def test_floor_counts_the_victims_of_the_same_access() -> None:
+    bench = Bench(TierConfig(4, "lru", floor=1))
+    bench.finish(bench(0, 0, 1))
+    bench.finish(bench(1, 0, 1))
+    bench.finish(bench(2, 0, 1))
+    assert bench.core.residents() == {k(0, 1), k(1, 1), k(2, 0), k(2, 1)}, "one from each, not both of layer 0"
 
 
 def test_floor_does_not_protect_a_layer_from_itself() -> None:
@@ -544,14 +565,20 @@ def test_a_tier_is_asked_only_for_what_the_one_above_lacks() -> None:
     assert [bench.counts("misses", tier) for tier in range(3)] == [3, 2, 2]
 
 
+class HighestFirst(LRU):
+    """A policy that would always evict the highest expert."""
+
+    def victims(self, access: Access) -> Iterator[ExpertKey]:
+        return iter(sorted(super().victims(access), reverse=True))
+
+
 def test_what_an_access_still_needs_stays_in_the_tier_below() -> None:
-    bench = Bench(1, 3)
-    bench.finish(bench(0, 0))
-    bench.finish(bench(0, 1))
-    bench.finish(bench(0, 2))
-    ticket = bench(0, 0, 1, 3, 4)  # 0 and 1 are the least recent in tier 1, and needed
-    copies = bench.finish(ticket)
-    assert sorted(copy.key.expert for copy in copies if copy.source.tier == 2) == [3, 4]
+    bench = Bench(1, TierConfig(2, f"{__name__}:HighestFirst"))
+    for expert in (6, 7, 6):
+        bench.finish(bench(0, expert))
+    copies = bench.finish(bench(0, 0, 7))
+    assert [copy.key.expert for copy in copies if copy.source.tier == 2] == [0]
+    assert bench.core.residents(1) == {k(0, 0), k(0, 7)}
 
 
 @pytest.mark.parametrize("below", [1, 2])

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
-from moetier.tiers import Copy, Entry, Grant, Kind, Orders, Place, Room, State, Ticket, Tier, TierConfig
+from moetier.tiers import STAGING, Copy, Entry, Grant, Kind, Orders, Place, Room, State, Ticket, Tier, TierConfig
 
 
 class Residency:
@@ -109,8 +109,6 @@ class Residency:
         if self._lower:
             self._wanted.subtract(ticket.waiting)
         ticket.waiting = []
-        if ticket in self._stuck:
-            self._stuck.remove(ticket)
         for key in sorted(ticket.leased):
             entry = self._top.entries[key]
             entry.leases -= 1
@@ -146,12 +144,9 @@ class Residency:
         if key in self._top.entries:
             return False
         rooms = [self._room(tier, int(displace), self._last) for tier in self._tiers[: self._depth(key)]]
-        grants: list[Entry | Grant] = []
-        for room in rooms:
-            offer = room.offer(key)
-            if offer is None or offer is Grant.STAGING:
-                return False
-            grants.append(offer)
+        grants = self._grants(key, rooms)
+        if not grants or STAGING in grants:
+            return False
         self._fill(key, grants, Kind.PREFETCH, self._last)
         self.prefetches += 1
         return True
@@ -266,21 +261,31 @@ class Residency:
         waiting, ticket.waiting = ticket.waiting, []
         rooms: list[Room] = []
         for key in waiting:
-            depth = self._depth(key)
+            depth = self._depth(key) if self._lower else 1
             while len(rooms) < depth:
                 rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access))
-            grants = [offer for room in rooms[:depth] if (offer := room.offer(key)) is not None]
-            if len(grants) < depth:
+            grants = self._grants(key, rooms[:depth])
+            if not grants:
                 ticket.waiting.append(key)
                 continue
-            for room, grant in zip(rooms, grants, strict=False):
-                room.accept(grant)
             entry = self._fill(key, grants, Kind.LOAD, ticket.access)
             entry.leases += 1
             entry.tickets.append(ticket)
             ticket.leased.add(key)
             if self._lower:
                 self._wanted[key] -= 1
+
+    def _grants(self, key: ExpertKey, rooms: list[Room]) -> list[Grant]:
+        """A slot from every room, or none at all."""
+        grants: list[Grant] = []
+        for room in rooms:
+            grant = room.grant(key)
+            if grant is None:
+                for other, given in zip(rooms, grants, strict=False):
+                    other.take_back(given)
+                return []
+            grants.append(grant)
+        return grants
 
     def _serve_stuck(self) -> None:
         for ticket in self._stuck:
@@ -319,7 +324,7 @@ class Residency:
                 return picked
         return picked + below_floor[: need - len(picked)]
 
-    def _fill(self, key: ExpertKey, grants: Sequence[Entry | Grant], kind: Kind, access: Access) -> Entry:
+    def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access) -> Entry:
         """Take a granted slot in each of the tiers above the one that has `key`; order the copies up to tier 0."""
         depth = len(grants)
         source = self._tiers[depth].entries[key] if depth < self._home.tier else None
@@ -327,17 +332,17 @@ class Residency:
             tier, grant = self._tiers[index], grants[index]
             blockers = []
             self._next_copy += 1
-            if isinstance(grant, Grant):
-                entry = Entry(tier, key, tier.free.pop(), self._next_copy)
-                entry.transient = grant is Grant.STAGING
-                tier.staged += entry.transient
-            else:
+            if isinstance(grant, Entry):
                 entry = Entry(tier, key, grant.place, self._next_copy)
                 tier.evictions += 1
                 self._evict(grant)
                 if grant.dirty:
                     grant.heir, entry.after = entry, grant
                     blockers.append(grant.copy)
+            else:
+                entry = Entry(tier, key, tier.free.pop(), self._next_copy)
+                entry.transient = grant is STAGING
+                tier.staged += entry.transient
             tier.insert(entry, access)
             if source is not None:
                 source.leases += 1  # it stays until the copy has read it
@@ -345,8 +350,9 @@ class Residency:
                     blockers.append(source.copy)
             elif key in self._leaving:
                 blockers.append(self._leaving[key].copy)
-            place = self._home if source is None else source.place
-            self._order(Copy(entry.copy, key, place, entry.place, kind), blockers)
+            copy = Copy(entry.copy, key, self._home if source is None else source.place, entry.place, kind)
+            self._digest = hash((self._digest, copy))
+            self._orders.add(copy, blockers)
             source = entry
         entry.prefetched = kind is Kind.PREFETCH
         if self._stuck:
@@ -362,10 +368,6 @@ class Residency:
                     self._wanted[entry.key] -= 1
                 self._join(ticket, entry)
 
-    def _order(self, copy: Copy, blockers: Sequence[int] = ()) -> None:
-        self._digest = hash((self._digest, copy))
-        self._orders.add(copy, blockers)
-
     # -- leaving slots ------------------------------------------------------------------------------------------------
 
     def _evict(self, entry: Entry) -> None:
@@ -378,7 +380,9 @@ class Residency:
             self._next_copy += 1
             entry.copy = self._next_copy
             self._leaving[entry.key] = entry
-            self._order(Copy(entry.copy, entry.key, entry.place, self._home, Kind.WRITE_BACK))
+            copy = Copy(entry.copy, entry.key, entry.place, self._home, Kind.WRITE_BACK)
+            self._digest = hash((self._digest, copy))
+            self._orders.add(copy, ())
 
     def _drop(self, entry: Entry) -> None:
         """Evict for nobody: the slot becomes free, at once or when the record is home."""

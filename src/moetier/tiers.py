@@ -82,6 +82,10 @@ class Entry:
         self.tickets: list[Ticket] = []  # who waits for it, while LOADING
 
 
+FREE, STAGING = "free", "staging"  # slots that nobody has to leave
+Grant = Entry | str
+
+
 class Ticket:
     """One access being served. `ready` holds leased keys in the order they became so; the caller pops and releases."""
 
@@ -215,39 +219,35 @@ class Orders:
         return [self.copies.pop(dependent) for dependent in doomed]
 
 
-class Grant(Enum):
-    """A slot that nobody has to leave."""
-
-    FREE = "free"
-    STAGING = "staging"
-
-
 class Room:
-    """Slots that a tier can give to a batch of misses: free ones first, then victims, then staging."""
+    """Slots that a tier can give to a batch of misses: free ones first, then victims, then staging.
+
+    A slot is granted as the victim that has to leave it, or as FREE or STAGING.
+    """
 
     def __init__(self, tier: Tier, access: Access):
         self.tier, self.access = tier, access
         self.spare = len(tier.free) - (tier.config.staging - tier.transients)
         self.victims: list[Entry] = []  # best last: popped from the end
 
-    def offer(self, key: ExpertKey) -> Entry | Grant | None:
-        """What `key` would get: a victim's slot, another one, or nothing."""
+    def grant(self, key: ExpertKey) -> Grant | None:
+        """A slot for `key`, or nothing."""
         if self.spare > 0:
-            return Grant.FREE
-        tier, staging = self.tier, self.tier.config.staging
-        victim = self.victims[-1] if self.victims else None
-        if victim and (not staging or tier.admission.admit(key, victim.key, self.access)):
-            return victim
+            self.spare -= 1
+            return FREE
+        tier, staging, victims = self.tier, self.tier.config.staging, self.victims
+        if victims and (not staging or tier.admission.admit(key, victims[-1].key, self.access)):
+            return victims.pop()
         if staging > tier.transients:
             if tier.free:
-                return Grant.STAGING
-            if not tier.transients and len(tier.entries) > tier.config.slots - staging:
-                return victim  # staged records that could not be written back stay: they must not block the others
+                return STAGING
+            if victims and not tier.transients and len(tier.entries) > tier.config.slots - staging:
+                return victims.pop()  # staged records that could not be saved stay: they must not block the others
         return None
 
-    def accept(self, offer: Entry | Grant) -> None:
-        """The last offer was used."""
-        if offer is Grant.FREE:
-            self.spare -= 1
-        elif offer is not Grant.STAGING:
-            self.victims.pop()
+    def take_back(self, grant: Grant) -> None:
+        """The last grant is not used."""
+        if isinstance(grant, Entry):
+            self.victims.append(grant)
+        elif grant is FREE:
+            self.spare += 1

@@ -28,8 +28,9 @@ class LFRU:
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Count a use and start ranking the key."""
-        self._residents.add(key)
-        self.on_hit(key, access)
+        identity = self._residents.add(key)
+        self._uses[identity] += 1
+        self._last[identity] = access.time
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
         """Count a use."""

@@ -23,11 +23,12 @@ class ResidentIndex:
         self._keys: list[ExpertKey] = []
         self._position: dict[ExpertKey, int] = {}
 
-    def add(self, key: ExpertKey) -> None:
-        """Insert a key that is not present."""
+    def add(self, key: ExpertKey) -> int:
+        """Insert a key that is not present; returns its id."""
         position = self._position[key] = len(self._keys)
         self._keys.append(key)
-        self._ids[position] = key[0] * self._experts + key[1]
+        identity = self._ids[position] = key[0] * self._experts + key[1]
+        return identity
 
     def remove(self, key: ExpertKey) -> None:
         """Remove a key; the last one takes its place."""
@@ -44,10 +45,10 @@ class ResidentIndex:
 
     def ascending(self, scores: NDArray[np.float64]) -> Iterator[ExpertKey]:
         """Keys by ascending score (scores aligned with `ids()`; overwritten). Ties: first in packed order first."""
-        keys = self._keys
+        keys, taken = self._keys, np.inf
         for _ in range(min(HEAD, len(keys))):
             best = scores.argmin()  # vectorised: a handful of these is cheaper than any partition
-            scores[best] = np.inf
+            scores[best] = taken
             yield keys[best]
         for index in scores.argsort(kind="stable")[: max(0, len(keys) - HEAD)].tolist():
             yield keys[index]
