@@ -155,7 +155,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
             f"{path}: model type {kind!r} is unknown to this version of transformers; upgrade it"
         )
     try:
-        CONFIG_MAPPING[kind].from_dict(dict(config))
+        CONFIG_MAPPING[kind].from_pretrained(path.parent)
     except Exception as error:  # whatever its own checks raise
         text = " ".join(str(error).split())
         raise CheckpointError(f"{path}: has a value that cannot be used: {text}; download the file again") from error
