@@ -581,6 +581,14 @@ def test_what_an_access_still_needs_stays_in_the_tier_below() -> None:
     assert bench.core.residents(1) == {k(0, 0), k(0, 7)}
 
 
+def test_the_best_victim_goes_first_when_not_all_are_needed() -> None:
+    bench = Bench(2, 4)
+    for expert in range(4):
+        bench.finish(bench(0, expert))
+    bench.finish(bench(0, 1, 5))  # only 5 needs a slot of tier 1
+    assert bench.core.residents(1) == {k(0, 1), k(0, 2), k(0, 3), k(0, 5)}
+
+
 @pytest.mark.parametrize("below", [1, 2])
 def test_a_tier_below_smaller_than_the_access(below: int) -> None:
     bench = Bench(6, below)

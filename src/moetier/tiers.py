@@ -238,11 +238,10 @@ class Room:
         tier, staging, victims = self.tier, self.tier.config.staging, self.victims
         if victims and (not staging or tier.admission.admit(key, victims[-1].key, self.access)):
             return victims.pop()
-        if staging > tier.transients:
-            if tier.free:
-                return STAGING
-            if victims and not tier.transients and len(tier.entries) > tier.config.slots - staging:
-                return victims.pop()  # staged records that could not be saved stay: they must not block the others
+        if tier.free:  # kept free for staging: nothing is spare
+            return STAGING
+        if victims and not tier.transients and len(tier.entries) > tier.config.slots - staging:
+            return victims.pop()  # staged records that could not be saved stay: they must not block the others
         return None
 
     def take_back(self, grant: Grant) -> None:
