@@ -589,6 +589,17 @@ def test_the_best_victim_goes_first_when_not_all_are_needed() -> None:
     assert bench.core.residents(1) == {k(0, 1), k(0, 2), k(0, 3), k(0, 5)}
 
 
+def test_a_key_that_cannot_pass_leaves_the_slot_above_to_the_next() -> None:
+    bench = Bench(1, 1)
+    failed = bench(0, 7)
+    bench.end(*bench.core.take())
+    bench.end(*bench.core.take(), ok=False)
+    bench.core.abort(failed)
+    ticket = bench(0, 0, 7)  # tier 0 is empty, tier 1 has 7, which 0 must not displace
+    assert ticket.leased == {k(0, 7)}
+    bench.finish(ticket)
+
+
 @pytest.mark.parametrize("below", [1, 2])
 def test_a_tier_below_smaller_than_the_access(below: int) -> None:
     bench = Bench(6, below)
