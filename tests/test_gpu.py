@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import pytest
 import torch
 import transformers
 
+import families
 import moetier
 
 pytestmark = [

@@ -1,13 +1,13 @@
-"""Two tiers above home on a machine without a GPU: a stand-in for the device arena, everything else as in a real run."""
+"""Two tiers above home without a GPU: a stand-in for the device arena, everything else as in a real run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import families
 import pytest
 import torch
 
+import families
 import moetier
 from moetier.access import ExpertKey
 from moetier.arenas import HostArena
@@ -51,9 +51,7 @@ def test_two_tiers_equal_one(tmp_path: Path, policy: str, device_slots: int, hos
         expected = [model(input_ids=ids).logits, model(input_ids=ids[:, :1]).logits]
     tiered = model.moetier
     store = tiered.cache.store
-    core = Residency(
-        [TierConfig(device_slots, policy), TierConfig(host_slots, policy)], store.layers, store.experts
-    )
+    core = Residency([TierConfig(device_slots, policy), TierConfig(host_slots, policy)], store.layers, store.experts)
     device = PretendDevice(device_slots, store.slot_nbytes)
     one_tier = tiered.cache
     tiered.cache = ExpertCache(store, core, HostArena(host_slots, store.slot_nbytes), device)  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from moetier.access import ExpertKey
 from moetier.cache import Lease

@@ -31,6 +31,7 @@ from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import make_admission, make_policy
+from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
@@ -240,6 +241,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        own_resident_weights(model)
         attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
         self.remove_quantization_config(model)
         for module in model.modules():
@@ -330,6 +332,21 @@ def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.d
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)
+
+
+def own_resident_weights(model: Any) -> None:
+    """Copy the weights that stay in memory out of the mapped files they were loaded from.
+
+    Mapped weights are page cache: under memory pressure the kernel drops them, and a file that changes under them kills
+    the process. A copy keeps its address modulo a cache line, because float32 products can depend on that.
+    """
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.nbytes == 0:
+            continue
+        room = torch.empty(tensor.nbytes + FIELD_ALIGNMENT, dtype=torch.uint8)
+        shift = (tensor.data_ptr() - room.data_ptr()) % FIELD_ALIGNMENT
+        copy = room[shift : shift + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        tensor.data = copy.copy_(tensor.data)
 
 
 def resident_nbytes(model: Any) -> int:

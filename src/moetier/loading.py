@@ -66,12 +66,23 @@ def from_pretrained(
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
     folder = resolve(model, **hub)
     check_folder(folder)
+    wants_info = kwargs.pop("output_loading_info", False)
     try:
-        return model_class.from_pretrained(folder, quantization_config=config, **kwargs)
+        loaded, info = model_class.from_pretrained(
+            folder, quantization_config=config, output_loading_info=True, **kwargs
+        )
     except MoetierError:
         raise
     except _LOADER_ERRORS as error:
         raise translate(error, model) from error
+    if info["missing_keys"]:
+        loaded.moetier.close()
+        names = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{folder}: no tensor for {names[0]!r} and {len(names) - 1} others; the checkpoint is incomplete, "
+            "or its config.json belongs to another model"
+        )
+    return (loaded, info) if wants_info else loaded
 
 
 def resolve(model: str | Path, **hub: Any) -> Path:

@@ -1,6 +1,6 @@
 """Which checkpoint tensors feed which expert, by the model's own loading rules.
 
-transformers says how a checkpoint's tensors become a model's parameters (renamings, then converters with operations). The
+transformers says how tensors of a checkpoint become parameters: renamings, then converters with operations. The
 same rules, applied to one expert's tensors, give that expert's slice. Nothing here knows a model family.
 """
 
@@ -184,7 +184,7 @@ class CheckpointMap:
             if shape != parameter.shape:
                 raise CheckpointError(
                     f"{self._file(key)}: {key!r} gives {parameter.name!r} the shape {list(shape)} per expert, but the "
-                    f"config asks for {list(parameter.shape)}; the checkpoint and its config.json do not belong together"
+                    f"config asks for {list(parameter.shape)}; they do not belong together"
                 )
 
     def _operations(self, parameter: ExpertParameter) -> list[Any]:

@@ -1,7 +1,7 @@
 """The real mover: threads that carry out copy orders and report them, nothing more.
 
 Guarantees: workers never decide and never die; a failed copy is reported like any other end, with its exception.
-Demand loads overtake prefetches. Completion is pushed to `done` under the caller's condition, so a waiter cannot miss it.
+Demand loads overtake prefetches. Ends are pushed to `done` under the caller's condition, so a waiter cannot miss one.
 """
 
 from __future__ import annotations

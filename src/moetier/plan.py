@@ -123,7 +123,7 @@ def recommended_slots(workload: Workload) -> int:
 
 
 def make_plan(workload: Workload, machine: Machine, slots: int | None = None) -> Plan:
-    """Divide the budgets; `slots` overrides the size of the fastest tier. Never raises for a bad budget: see `status`."""
+    """Divide the budgets; `slots` overrides the size of the fastest tier. A bad budget is a status, not an error."""
     size = workload.slot_nbytes
     if workload.records == 0:
         return Plan(workload, machine, (), 0, Status.EMPTY, "the model has no experts: run it without moetier", 0, 0)

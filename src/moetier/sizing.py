@@ -26,7 +26,7 @@ _TOP_K = (
 def workspace_nbytes(model: Any, readers: int, context: int, top_k: int) -> int:
     """Working memory of a run: the stated constant, read buffers, and the activations of a prefill of `context` tokens.
 
-    A token's rows pass the experts `top_k` times and exist there about four times over (gathered, results, back in token
+    A token's rows pass the experts `top_k` times and exist there about four times over (gathered, results, in token
     order, summed); sixteen more copies of the hidden state cover attention and the residual stream.
     """
     hidden = int(model.config.get_text_config().hidden_size)
