@@ -44,8 +44,8 @@ def demo(
         plan = model.moetier.plan
         print(
             f"The embedded model has {plan.workload.records} experts in {plan.workload.layers} layers. {plan.slots} "
-            f"slots in memory hold {100 * plan.slots / plan.workload.records:.0f} % of them; the others are read from disk "
-            "when the router asks for them.",
+            f"slots in memory hold {100 * plan.slots / plan.workload.records:.0f} % of them; the others are read "
+            "from disk when the router asks for them.",
             file=sys.stderr,
         )
         torch.manual_seed(seed or 0)
