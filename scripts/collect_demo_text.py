@@ -55,7 +55,8 @@ Document = tuple[str, str]
 class _Text(HTMLParser):
     """Plain text of an HTML page; navigation and scripts are left out."""
 
-    BLOCKS = frozenset(("p", "div", "li", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "pre"))
+    LISTS = ("li", "dt", "dd", "ul", "ol", "dl")
+    BLOCKS = frozenset(("p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "pre", "table", "br", *LISTS))
     SKIPPED = frozenset(("script", "style", "head"))
 
     def __init__(self) -> None:
@@ -173,7 +174,8 @@ def tidy(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--root", type=Path, required=True, help="folder the packages were unpacked into")
     parser.add_argument("--out", type=Path, required=True, help="folder for documents.jsonl and sources.json")
     parser.add_argument("--domain-megabytes", type=float, default=7.0, help="most text kept for one domain")

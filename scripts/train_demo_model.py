@@ -252,7 +252,8 @@ def main() -> None:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate
             chosen = [order[(step * BATCH + i) % windows] * CONTEXT for i in range(BATCH)]
-            rows = torch.from_numpy(np.stack([tokens[at : at + CONTEXT + 1] for at in chosen]).astype(np.int64))
+            picked = np.stack([tokens[at : at + CONTEXT + 1] for at in chosen])
+            rows = torch.from_numpy(picked.astype(np.int64))
             if progress < 0.7:  # shorter sequences are faster, and long ones can be learnt late
                 half = CONTEXT // 2
                 rows = torch.cat([rows[:, : half + 1], rows[:, half:]])
