@@ -65,8 +65,52 @@ class ExpertCache:
         Residents come first, so their math overlaps the loads of the others. A lease ends when the next one is asked
         for. Raises `StoreError` if an expert cannot be read; the cache stays usable.
         """
+        for (lease,) in self.batches(access, limit=1):
+            yield lease
+
+    def batches(self, access: Access, limit: int | None = None) -> Iterator[list[Lease]]:
+        """Like `stream`, but yield all leases that are ready at once (at most `limit`): fewer, larger steps of math.
+
+        While experts wait for a slot (waves), leases come one by one, so that each slot is refilled as soon as its
+        expert is done.
+        """
         clock = time.perf_counter
         begin = clock()
+        ticket = self._open(access)
+        held: list[Lease] = []
+        try:
+            while True:
+                with self._condition:
+                    for lease in held:
+                        self._release(ticket, lease.key)
+                    held = []
+                    if not ticket.ready:
+                        self.decide_seconds += clock() - begin
+                        if ticket.done:
+                            return
+                        begin = clock()
+                        self._wait(ticket)
+                        self.wait_seconds += clock() - begin
+                        begin = clock()
+                    count = 1 if ticket.waiting else min(limit or len(ticket.ready), len(ticket.ready))
+                    held = [self._lease(ticket.ready.popleft()) for _ in range(count)]
+                now = clock()
+                self.decide_seconds += now - begin
+                yield held
+                begin = clock()
+                self.compute_seconds += begin - now
+        finally:
+            with self._condition:
+                self._owners.pop(ticket.number, None)
+                if self.device is not None:
+                    for lease in held:
+                        self.device.used(self.core.place(lease.key).slot)
+                if not ticket.done:
+                    self.core.abort(ticket)
+                    self._start_orders()
+                    self._condition.notify_all()
+
+    def _open(self, access: Access) -> Ticket:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
@@ -78,39 +122,7 @@ class ExpertCache:
             ticket = self.core.acquire(access)
             self._owners[ticket.number] = threading.get_ident()
             self._start_orders()
-        held: ExpertKey | None = None
-        try:
-            while True:
-                with self._condition:
-                    if held is not None:
-                        self._release(ticket, held)
-                        held = None
-                    if not ticket.ready:
-                        if ticket.done:
-                            self.decide_seconds += clock() - begin
-                            return
-                        self.decide_seconds += clock() - begin
-                        begin = clock()
-                        self._wait(ticket)
-                        self.wait_seconds += clock() - begin
-                        begin = clock()
-                    held = ticket.ready.popleft()
-                    slot = self.core.place(held).slot
-                fields = self._fields(held, slot)
-                now = clock()
-                self.decide_seconds += now - begin
-                yield Lease(held, fields)
-                begin = clock()
-                self.compute_seconds += begin - now
-        finally:
-            with self._condition:
-                self._owners.pop(ticket.number, None)
-                if held is not None and self.device is not None:
-                    self.device.used(self.core.place(held).slot)
-                if not ticket.done:
-                    self.core.abort(ticket)
-                    self._start_orders()
-                    self._condition.notify_all()
+            return ticket
 
     def stats(self) -> dict[str, Any]:
         """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
@@ -191,8 +203,8 @@ class ExpertCache:
         error = self._errors.get(copy_id)
         return error if error is not None else MoetierError(f"copy {copy_id} was not made because one before it failed")
 
-    def _fields(self, key: ExpertKey, slot: int) -> dict[str, torch.Tensor]:
-        layout = self.store.layout(key.layer)
+    def _lease(self, key: ExpertKey) -> Lease:
+        slot, layout = self.core.place(key).slot, self.store.layout(key.layer)
         if self.device is not None:
-            return self.device.views(slot, key, layout)
-        return self.host.views(slot, key, layout, self.store.phase(key))
+            return Lease(key, self.device.views(slot, key, layout))
+        return Lease(key, self.host.views(slot, key, layout, self.store.phase(key)))

@@ -7,7 +7,7 @@ experts became ready in. Families differ only by the flags that `use_experts_imp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,18 +24,12 @@ def per_expert_parameters(module: torch.nn.Module) -> list[str]:
     return [*names, f"{up}_bias", "down_proj_bias"] if module.has_bias else names
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
-    out = torch.mm(x.to(weight.dtype), weight if is_transposed else weight.t())
-    return out if bias is None else out.add_(bias)
-
-
-def expert_forward(module: Any, fields: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """One expert's rows, [n, H] → [n, H], before the routing weights."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
-    h = _linear(x, fields[up], fields.get(f"{up}_bias"), module.is_transposed)
-    h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-    y = _linear(h, fields["down_proj"], fields.get("down_proj_bias"), module.is_transposed)
-    return module.post_expert_norm(y) if module.has_post_expert_norm else y
+def _linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, out: torch.Tensor
+) -> None:
+    torch.mm(x.to(weight.dtype), weight if is_transposed else weight.t(), out=out)
+    if bias is not None:
+        out.add_(bias)
 
 
 class Routing:
@@ -62,20 +56,55 @@ class Routing:
         return summed.to(hidden.dtype)
 
 
-def forward_from_leases(module: Any, hidden: torch.Tensor, routing: Routing, leases: Iterator[Lease]) -> torch.Tensor:
-    """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes."""
-    rows = hidden[routing.order // routing.top_k]
-    results: torch.Tensor | None = None
-    for lease in leases:
-        begin, end = routing.rows[lease.key.expert]
-        y = expert_forward(module, lease.fields, rows[begin:end])
-        y = y * routing.weights[begin:end].unsqueeze(-1)
-        if results is None:
-            results = torch.empty(rows.size(0), y.size(-1), dtype=y.dtype, device=y.device)
-        results[begin:end] = y
-    if results is None:  # no tokens
+def forward_from_leases(
+    module: Any, hidden: torch.Tensor, routing: Routing, batches: Iterable[Sequence[Lease]]
+) -> torch.Tensor:
+    """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
+
+    Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once.
+    """
+    rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = down = None
+    for batch in batches:
+        if up is None or down is None:
+            up = _buffer(rows, batch[0].fields[up_name], module.is_transposed)
+            down = _buffer(rows, batch[0].fields["down_proj"], module.is_transposed)
+        for run in _runs(batch, routing):
+            first, last = run[0][0], run[-1][1]
+            for begin, end, fields in run:
+                bias = fields.get(f"{up_name}_bias")
+                _linear(rows[begin:end], fields[up_name], bias, module.is_transposed, up[begin:end])
+            h = up[first:last]
+            h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+            for begin, end, fields in run:
+                bias, x = fields.get("down_proj_bias"), h[begin - first : end - first]
+                _linear(x, fields["down_proj"], bias, module.is_transposed, down[begin:end])
+    if down is None:  # no tokens
         return torch.zeros_like(hidden)
-    return routing.combine(hidden, results)
+    if module.has_post_expert_norm:
+        down = module.post_expert_norm(down)
+    return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
+
+
+def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+    """Room for all rows times this weight."""
+    return torch.empty(rows.size(0), weight.size(1 if is_transposed else 0), dtype=weight.dtype, device=rows.device)
+
+
+def _runs(batch: Sequence[Lease], routing: Routing) -> list[list[tuple[int, int, dict[str, torch.Tensor]]]]:
+    """The batch as runs of experts whose sorted rows touch: (begin, end, fields) each."""
+    runs: list[list[tuple[int, int, dict[str, torch.Tensor]]]] = []
+    for begin, end, fields in sorted(((*routing.rows[lease.key.expert], lease.fields) for lease in batch), key=_begin):
+        if runs and runs[-1][-1][1] == begin:
+            runs[-1].append((begin, end, fields))
+        else:
+            runs.append([(begin, end, fields)])
+    return runs
+
+
+def _begin(item: tuple[int, int, dict[str, torch.Tensor]]) -> int:
+    return item[0]
 
 
 def keys_of(layer: int, routing: Routing) -> tuple[tuple[ExpertKey, ...], tuple[int, ...]]:

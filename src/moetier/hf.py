@@ -121,7 +121,7 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase)
-        return forward_from_leases(module, hidden, routing, self.cache.stream(access))
+        return forward_from_leases(module, hidden, routing, self.cache.batches(access))
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill."""
