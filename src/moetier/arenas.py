@@ -22,8 +22,6 @@ class HostArena:
         self.slots, self.slot_nbytes = slots, slot_nbytes
         self.device = torch.device("cpu")
         pages = mmap.mmap(-1, slots * slot_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            pages.madvise(mmap.MADV_HUGEPAGE)  # expert weights are streamed: fewer TLB misses
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         self.page_locked = page_locked and self._lock_pages()
         self._memory = memoryview(self._bytes.numpy())  # type: ignore[arg-type]

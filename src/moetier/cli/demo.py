@@ -12,10 +12,12 @@ from moetier.cli import options as o
 from moetier.cli.errors import reported
 from moetier.cli.generating import Generation, check_writable, loaded, report, show, write_stats
 
+# title, prompt, repetition penalty: so small a model loops in code and manuals without one
 PROMPTS = (
-    ("English prose", "And it came to pass in those days, that the"),
-    ("Python", "def read_file(self, path):\n    "),
-    ("German manual", "BESCHREIBUNG\n       Der Befehl"),
+    ("English prose", "3 And it came to pass, when the king of Israel", 1.0),
+    ("Python", "class FileHandler:\n    def __init__(self, filename):", 1.15),
+    ("a manual page", "RETURN VALUE\n       On success,", 1.15),
+    ("German manual page", "BESCHREIBUNG\n       Diese Funktion", 1.15),
 )
 
 
@@ -34,7 +36,7 @@ def demo(
 ) -> None:
     """Run the embedded model with most of its experts left on disk. Nothing is downloaded."""
     check_writable(stats_json)
-    prompts = PROMPTS if prompt is None else (("your prompt", prompt),)
+    prompts = PROMPTS if prompt is None else (("your prompt", prompt, 1.15),)
     with (
         as_file(files("moetier") / "demo_model") as folder,
         loaded(folder, False, threads, slots=slots, policy=policy, context=512, device="cpu") as (model, tokenizer),
@@ -50,15 +52,13 @@ def demo(
         )
         torch.manual_seed(seed or 0)
         speeds: list[dict[str, float | int]] = []
-        for title, text in prompts:
+        for title, text, penalty in prompts:
             print(f"\n--- {title} ---", file=sys.stderr, flush=True)
             print(text, end="", flush=True)
             generation = Generation(model, tokenizer)
-            sampling = (
-                {"do_sample": False}
-                if not temperature
-                else {"do_sample": True, "temperature": temperature, "top_p": 0.9}
-            )
+            sampling: dict[str, float] = {"do_sample": bool(temperature), "repetition_penalty": penalty}
+            if temperature:
+                sampling |= {"temperature": temperature, "top_p": 0.9}
             inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
             generation.run(dict(inputs), max_new_tokens=max_new_tokens, **sampling)
             speeds.append(generation.speeds())
