@@ -9,7 +9,6 @@ import torch
 
 import families
 import moetier
-from moetier.access import ExpertKey
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache
 from moetier.record import RecordLayout
@@ -36,7 +35,7 @@ class PretendDevice:
     def used(self, slot: int) -> None:
         assert 0 <= slot < self.slots
 
-    def views(self, slot: int, key: ExpertKey, layout: RecordLayout) -> dict[str, torch.Tensor]:
+    def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
         return layout.views(self.record(slot, layout.nbytes))
 
 

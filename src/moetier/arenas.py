@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from moetier.access import ExpertKey
 from moetier.record import RecordLayout, round_up
 
 
@@ -25,7 +24,7 @@ class HostArena:
         self._bytes = torch.frombuffer(pages, dtype=torch.uint8)
         self.page_locked = page_locked and self._lock_pages()
         self._memory = memoryview(self._bytes.numpy())  # type: ignore[arg-type]
-        self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
+        self._views: list[dict[tuple[int, int], dict[str, torch.Tensor]]] = [{} for _ in range(slots)]
 
     def _lock_pages(self) -> bool:
         # registered in place: torch's own pinned allocator would round a large arena up to a power of two
@@ -55,13 +54,12 @@ class HostArena:
         begin = slot * self.slot_nbytes + phase
         return self._bytes[begin : begin + nbytes]
 
-    def views(self, slot: int, key: ExpertKey, layout: RecordLayout, phase: int) -> dict[str, torch.Tensor]:
-        """The record's fields; kept until the slot holds another key, because making views costs microseconds."""
-        known = self._views[slot]
-        if known is not None and known[0] == key:
-            return known[1]
-        views = layout.views(self.record(slot, phase, layout.nbytes))
-        self._views[slot] = (key, views)
+    def views(self, slot: int, layout: RecordLayout, phase: int) -> dict[str, torch.Tensor]:
+        """A record's fields. Made once per slot, layout and phase: making views costs microseconds, and few differ."""
+        kind = (phase, id(layout))
+        views = self._views[slot].get(kind)
+        if views is None:
+            views = self._views[slot][kind] = layout.views(self.record(slot, phase, layout.nbytes))
         return views
 
 
@@ -79,7 +77,7 @@ class DeviceArena:
         self._bytes = torch.empty(slots * self.slot_nbytes, dtype=torch.uint8, device=device)
         self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._last_use: list[Any] = [None] * slots
-        self._views: list[tuple[ExpertKey, dict[str, torch.Tensor]] | None] = [None] * slots
+        self._views: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in range(slots)]
 
     def record(self, slot: int, nbytes: int) -> torch.Tensor:
         """The bytes of the record in a slot, as a flat uint8 tensor on the device."""
@@ -102,11 +100,9 @@ class DeviceArena:
         event.record(torch.cuda.current_stream(self.device))
         self._last_use[slot] = event
 
-    def views(self, slot: int, key: ExpertKey, layout: RecordLayout) -> dict[str, torch.Tensor]:
-        """The record's fields on the device."""
-        known = self._views[slot]
-        if known is not None and known[0] == key:
-            return known[1]
-        views = layout.views(self.record(slot, layout.nbytes))
-        self._views[slot] = (key, views)
+    def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
+        """The record's fields on the device; made once per slot and layout."""
+        views = self._views[slot].get(id(layout))
+        if views is None:
+            views = self._views[slot][id(layout)] = layout.views(self.record(slot, layout.nbytes))
         return views

@@ -206,5 +206,5 @@ class ExpertCache:
     def _lease(self, key: ExpertKey) -> Lease:
         slot, layout = self.core.place(key).slot, self.store.layout(key.layer)
         if self.device is not None:
-            return Lease(key, self.device.views(slot, key, layout))
-        return Lease(key, self.host.views(slot, key, layout, self.store.phase(key)))
+            return Lease(key, self.device.views(slot, layout))
+        return Lease(key, self.host.views(slot, layout, self.store.phase(key)))

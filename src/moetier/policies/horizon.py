@@ -6,6 +6,7 @@ is wanted then is estimated from how active it has been. docs/LOG.md has the mea
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,23 +30,28 @@ class Horizon:
     def __init__(self, layers: int, experts: int, slots: int):
         self._layers, self._experts = layers, experts
         self._residents = ResidentIndex(experts, slots)
-        decay = 0.5 ** (1.0 / np.array(HALF_LIVES))
-        self._decay = np.append(decay, 1.0)[:, None]
-        self._gain = np.append(1.0 - decay, 1.0)[:, None]
-        self._activity = np.zeros((layers, len(HALF_LIVES) + 1, experts))  # the averages, and the number of uses
-        self._visits = [0] * layers
-        self._probability = np.full((layers, experts), FLOOR)
-        self._weights = np.array([*WEIGHTS, 0.0])
+        self._decays = [0.5 ** (1.0 / half_life) for half_life in HALF_LIVES]
+        # written item by item on every access, read as vectors only when a victim is sought
+        self._activity = [array("d", bytes(8 * layers * experts)) for _ in HALF_LIVES]  # each as of `_seen`
+        self._seen = array("d", bytes(8 * layers * experts))  # the visit of its layer that last used the expert
+        self._uses = array("d", bytes(8 * layers * experts))
+        self._visits = array("d", bytes(8 * layers))
+        self._activity_views = [np.frombuffer(activity) for activity in self._activity]
+        self._seen_view, self._uses_view = np.frombuffer(self._seen), np.frombuffer(self._uses)
+        self._visits_view = np.frombuffer(self._visits)
 
     def on_access(self, access: Access) -> None:
-        """One visit of the layer: every average decays, the experts in use gain."""
-        layer = access.layer
-        activity = self._activity[layer]
-        activity *= self._decay
-        activity[:, [key[1] for key in access.keys]] += self._gain
-        self._visits[layer] += 1
-        self._weights[-1] = FREQUENCY_WEIGHT / self._visits[layer]
-        np.maximum(self._weights @ activity, FLOOR, out=self._probability[layer])
+        """One visit of the layer: the experts in use gain; that all others decay is worked out when it is asked."""
+        base = access.layer * self._experts
+        visit = self._visits[access.layer] = self._visits[access.layer] + 1.0
+        seen, uses = self._seen, self._uses
+        for key in access.keys:
+            identity = base + key[1]
+            pause = visit - seen[identity]
+            for activity, decay in zip(self._activity, self._decays, strict=True):
+                activity[identity] = activity[identity] * decay**pause + (1.0 - decay)
+            seen[identity] = visit
+            uses[identity] += 1.0
 
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Start ranking the key."""
@@ -61,6 +67,12 @@ class Horizon:
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Farthest next use first."""
         ids = self._residents.ids()
-        layers_until = (ids // self._experts - access.layer - 1) % self._layers + 1
-        distance = layers_until / self._layers + 1.0 / self._probability.take(ids) - 1.0
+        layers = ids // self._experts
+        visits = self._visits_view.take(layers)
+        pause = visits - self._seen_view.take(ids)
+        probability = FREQUENCY_WEIGHT * self._uses_view.take(ids) / np.maximum(visits, 1.0)
+        for activity, half_life, weight in zip(self._activity_views, HALF_LIVES, WEIGHTS, strict=True):
+            probability += weight * activity.take(ids) * np.exp2(pause / -half_life)
+        layers_until = (layers - access.layer - 1) % self._layers + 1
+        distance = layers_until / self._layers + 1.0 / np.maximum(probability, FLOOR) - 1.0
         return self._residents.ascending(-distance)

@@ -100,10 +100,12 @@ class CheckpointStore:
     ):
         """`recipes[layer][expert]` says how to assemble a record of `layouts[layer]`."""
         self.shards = shards
-        self._layouts = tuple(layouts)
+        known: dict[RecordLayout, RecordLayout] = {}
+        self._layouts = tuple(known.setdefault(layout, layout) for layout in layouts)  # equal ones are one object
         self._recipes = tuple(
             tuple(replace(recipe, extents=split_extents(recipe.extents)) for recipe in layer) for layer in recipes
         )
+        self._phases = tuple(tuple(_phase(recipe) for recipe in layer) for layer in self._recipes)
         used = {
             extent.file
             for layer in self._recipes
@@ -143,7 +145,7 @@ class CheckpointStore:
 
     def phase(self, key: ExpertKey) -> int:
         """The first range's position in its file page, if views at that offset are possible; else 0."""
-        return _phase(self._recipes[key.layer][key.expert])
+        return self._phases[key.layer][key.expert]
 
     def segments(self, key: ExpertKey) -> int:
         """One part per read request, and one per converted field."""
