@@ -51,7 +51,20 @@ def load_moetier(spec: dict[str, Any]) -> Any:
     """moetier with its defaults; only the number of slots and the context are given."""
     import moetier
 
-    return moetier.from_pretrained(spec["folder"], slots=f"{spec['share']}%", context=spec["context"], device="cpu")
+    model = moetier.from_pretrained(spec["folder"], slots=f"{spec['share']}%", context=spec["context"], device="cpu")
+    if spec["share"] == 100:
+        touch_all(model.moetier.cache)
+    return model
+
+
+def touch_all(cache: Any) -> None:
+    """Bring every expert into memory: that is what 100 % resident means, and what the in-memory model starts with."""
+    from moetier import Access, ExpertKey
+
+    for layer in range(cache.store.layers):
+        keys = tuple(ExpertKey(layer, expert) for expert in range(cache.store.experts))
+        for _ in cache.stream(Access(0, layer, keys)):
+            pass
 
 
 def load_accelerate(spec: dict[str, Any]) -> Any:
