@@ -1,14 +1,16 @@
 """The command line: `moetier run`, `moetier plan`, `moetier demo`. One file per command.
 
-Text goes to standard output, everything else to standard error. Exit codes:
+Generated text and plans go to standard output, everything else to standard error. Exit codes:
 
-    0   done
-    1   the plan says that the model cannot run with this budget
-    2   a flag or argument that cannot be used
-    3   a memory budget below the minimum
-    4   files: a checkpoint that is missing, damaged or unreadable
-    5   a model that cannot be run: not an MoE, or a family that is not supported
-    130 interrupted
+    0    done
+    1    the plan does not work (`moetier plan`), or an error of no kind below
+    2    a flag or argument that cannot be used             ConfigError
+    3    a memory budget below the minimum                  CapacityError
+    4    files missing, damaged or unreadable               StoreError, CheckpointError
+    5    not an MoE, or a family that is not supported      UnsupportedModelError
+    130  interrupted
+
+Nothing here imports torch before a command needs it: `moetier --help` is immediate.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from __future__ import annotations
 import typer
 
 from moetier.cli import demo, plan, run
-from moetier.cli.errors import EXIT_CODES
+from moetier.cli.errors import EXIT_CODES, Program
 
-_EPILOG = "Exit codes: 0 done, 1 the plan does not work, " + ", ".join(
-    f"{code} {meaning}" for _, code, meaning in EXIT_CODES
-)
+_EXIT_CODES = "Exit codes: 0 done; 1 the plan does not work, or another error; "
+_EXIT_CODES += "; ".join(f"{code} {meaning}" for _, code, meaning in EXIT_CODES) + "; 130 interrupted."
 
 app = typer.Typer(
     name="moetier",
+    cls=Program,
     help="Run Mixture-of-Experts models whose experts do not fit in fast memory.",
-    epilog=_EPILOG + ", 130 interrupted.",
-    no_args_is_help=True,
+    epilog=_EXIT_CODES,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
@@ -36,14 +38,19 @@ app.command("demo")(demo.demo)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
     if version:
         from moetier import __version__
 
         print(f"moetier {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def main() -> None:
     """The console script."""
-    app()
+    app(prog_name="moetier")

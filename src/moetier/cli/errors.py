@@ -1,49 +1,86 @@
-"""A user's mistake is one line on standard error and an exit code, never a traceback."""
+"""A user's mistake is one line on standard error and an exit code, never a traceback. A bug of ours keeps its own."""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import typer
+from typer.core import TyperGroup
 
 from moetier.errors import CapacityError, ConfigError, MoetierError, StoreError, UnsupportedModelError
 
 EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
-    (ConfigError, 2, "a flag or argument"),
-    (CapacityError, 3, "a budget below the minimum"),
-    (StoreError, 4, "files"),
-    (UnsupportedModelError, 5, "an unsupported model"),
+    (ConfigError, 2, "a flag or argument that cannot be used"),
+    (CapacityError, 3, "a memory budget below the minimum"),
+    (StoreError, 4, "files missing, damaged or unreadable"),
+    (UnsupportedModelError, 5, "not an MoE, or a family that is not supported"),
+)
+
+_FLAGS = (  # the library names its arguments, a user of the command line knows flags
+    (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
+    (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def fail(message: str, code: int) -> typer.Exit:
-    """Print the error; the result is to be raised."""
-    print(f"error: {message}", file=sys.stderr)
-    return typer.Exit(code)
+def say(kind: str, message: str) -> None:
+    """One line on standard error."""
+    for pattern, flag in _FLAGS:
+        message = pattern.sub(flag, message)
+    print(f"{kind}: {'; '.join(message.splitlines())}", file=sys.stderr, flush=True)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
-    """A command whose moetier errors, interrupts and broken pipes end it quietly."""
+    """A command whose moetier errors, interrupts and broken pipes end it in one line or none."""
 
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            return command(*args, **kwargs)
+            result = command(*args, **kwargs)
+            sys.stdout.flush()  # here, where a broken pipe is still expected
+            return result
         except MoetierError as error:
-            code = next((code for kind, code, _ in EXIT_CODES if isinstance(error, kind)), 1)
-            raise fail(str(error), code) from None
+            say("error", str(error))
+            raise typer.Exit(next((code for kind, code, _ in EXIT_CODES if isinstance(error, kind)), 1)) from None
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)
             raise typer.Exit(130) from None
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader is gone: say no more
+        except BrokenPipeError:  # the reader has seen enough: that is no error, and there is nobody to tell
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
 
     return wrapper
+
+
+class Program(TyperGroup):
+    """The root command: typer's own complaints about flags take the same form as moetier's."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Parse, run and exit."""
+        try:
+            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except Exception as error:
+            # By shape, not by class: typer brings its own copy of click in some versions and not in others.
+            describe = getattr(error, "format_message", None)
+            if describe is None or not standalone_mode:
+                raise
+            path = getattr(getattr(error, "ctx", None), "command_path", "moetier")
+            say("error", f"{describe().rstrip('.')}; see {path} --help")
+            sys.exit(2)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else 0)
+        return code

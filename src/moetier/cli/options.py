@@ -6,39 +6,140 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[
-    str, typer.Argument(help="A model folder, or a Hugging Face hub id (owner/name).", show_default=False)
-]
+from moetier.policies import ADMISSIONS, POLICIES
+
+_TIERS, _COMPUTE, _TEXT, _OUTPUT = "Experts and memory", "Model and machine", "Text", "Output"
+
+Model = Annotated[str, typer.Argument(help="A model folder, or a Hugging Face hub id (owner/name).", metavar="MODEL")]
+
 DeviceMemory = Annotated[
     str | None,
-    typer.Option(help="GPU memory to take, such as 8GiB. [default: 80 % of what is free]", show_default=False),
+    typer.Option(
+        help="GPU memory to take, such as 8GiB. Default: 80 % of what is free.", metavar="SIZE", rich_help_panel=_TIERS
+    ),
 ]
 HostMemory = Annotated[
     str | None,
-    typer.Option(help="Host memory to take, such as 16GiB. [default: 80 % of what is free]", show_default=False),
+    typer.Option(
+        help="Host memory to take, such as 16GiB. Default: 80 % of what is free.",
+        metavar="SIZE",
+        rich_help_panel=_TIERS,
+    ),
 ]
 Slots = Annotated[
     str | None,
-    typer.Option(help="Experts in the fastest tier: a number, or a share such as 25%. Overrides its memory budget."),
+    typer.Option(
+        help="Experts in the fastest tier: a number, or a share such as 25%. Overrides its memory budget.",
+        metavar="N|N%",
+        rich_help_panel=_TIERS,
+    ),
 ]
-Policy = Annotated[str, typer.Option(help="Eviction policy: horizon, lfru, lfu, lru, slru, or package.module:Class.")]
-Admission = Annotated[str, typer.Option(help="Which misses may displace others: decode-only or always.")]
-Context = Annotated[int, typer.Option(help="Tokens of context to plan memory for.", min=1)]
-Readers = Annotated[int, typer.Option(help="Threads that read the disk.", min=1)]
-IO = Annotated[str, typer.Option("--io", help="Disk reads: auto, direct (past the page cache) or buffered.")]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cuda or cpu. [default: a GPU if there is one]")]
-Dtype = Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")]
+Policy = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help=f"Eviction policy: {', '.join(POLICIES)}, or package.module:Class.", rich_help_panel=_TIERS
+    ),
+]
+Admission = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help=f"Which misses may displace other experts: {', '.join(ADMISSIONS)}.",
+        rich_help_panel=_TIERS,
+    ),
+]
+Context = Annotated[
+    int, typer.Option(help="Tokens of context to plan memory for.", metavar="N", min=1, rich_help_panel=_TIERS)
+]
+Readers = Annotated[int, typer.Option(help="Threads that read the disk.", metavar="N", min=1, rich_help_panel=_TIERS)]
+IO = Annotated[
+    str,
+    typer.Option(
+        "--io",
+        metavar="NAME",
+        help="Disk reads: auto, direct (past the page cache) or buffered.",
+        rich_help_panel=_TIERS,
+    ),
+]
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Where to compute: cuda or cpu. Default: a GPU if there is one.", rich_help_panel=_COMPUTE
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="auto (as stored), float32, float16 or bfloat16.", rich_help_panel=_COMPUTE)
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the model's own Python code. Only if you trust it.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the model's own Python code. Only if you trust it.", rich_help_panel=_COMPUTE
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Threads = Annotated[int | None, typer.Option(help="Compute threads of torch.", min=1)]
-StatsJson = Annotated[str | None, typer.Option("--stats-json", help="Write all counters and timers to this file.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Only the text: no progress, no table.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.", min=1)]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature; 0 is greedy.", min=0.0)]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Sample from the likeliest tokens of this mass.", max=1.0)]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from this many tokens.", min=1)]
-Seed = Annotated[int | None, typer.Option(help="Seed for sampling.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Branch, tag or commit of the model on the hub.", rich_help_panel=_COMPUTE),
+]
+Threads = Annotated[
+    int | None, typer.Option(help="Compute threads of torch.", metavar="N", min=1, rich_help_panel=_COMPUTE)
+]
+
+MaxNewTokens = Annotated[int, typer.Option(help="Tokens to write at most.", metavar="N", min=1, rich_help_panel=_TEXT)]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Sample at this temperature; 0 is greedy.", metavar="X", min=0.0, rich_help_panel=_TEXT),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        help="Sample from the likeliest tokens of this mass.",
+        metavar="X",
+        min=0.0,
+        max=1.0,
+        rich_help_panel=_TEXT,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", help="Sample from this many likeliest tokens.", metavar="N", min=1, rich_help_panel=_TEXT),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 discourages repetition.", metavar="X", min=0.01, rich_help_panel=_TEXT)
+]
+DoSample = Annotated[
+    bool | None,
+    typer.Option(
+        "--do-sample/--greedy",
+        help="Sample, or always take the likeliest token. Default: sample if a temperature, top-p or top-k is given, "
+        "else what the model's generation config says.",
+        rich_help_panel=_TEXT,
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed for sampling.", metavar="N", rich_help_panel=_TEXT)]
+System = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="System message, for models with a chat template.", rich_help_panel=_TEXT),
+]
+Chat = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        help="Put the prompt into the chat template, or take it as it is. Default: the template if there is one.",
+        rich_help_panel=_TEXT,
+    ),
+]
+
+StatsJson = Annotated[
+    str | None,
+    typer.Option(
+        "--stats-json", metavar="FILE", help="Write all counters and timers to this file.", rich_help_panel=_OUTPUT
+    ),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Only the text: no progress, no table.", rich_help_panel=_OUTPUT)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what transformers has to say.", rich_help_panel=_OUTPUT)]
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")

@@ -1,10 +1,16 @@
-"""`moetier plan`: what a model needs and what a budget gives, without loading a weight."""
+"""`moetier plan`: what a model needs and what a budget gives, without loading a weight.
+
+The JSON (`--json`), version 1: `model`, `status`, `advice`, `slots` (of the fastest tier), `recommended_slots`,
+`workload`, `machine` and `tiers` with the fields of `moetier.plan`, `expert_bytes` (all experts: raw, and in_slots as
+an arena would take them), `host_total_nbytes`, `device_total_nbytes`.
+"""
 
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +18,11 @@ from rich.table import Table
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported
-from moetier.plan import Status, format_size
+from moetier.cli.loading import check_device, find, import_libraries
+from moetier.errors import ConfigError
+from moetier.plan import Plan, Status, format_size
 
-if TYPE_CHECKING:
-    from moetier.plan import Plan
+PLAN_VERSION = 1
 
 
 @reported
@@ -29,55 +36,86 @@ def plan(
     device: o.Device = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel="Output")] = False,
+    verbose: o.Verbose = False,
 ) -> None:
-    """Print the memory plan of a model. Exit code 1 if the model cannot run with the budget."""
-    from moetier.cli.generating import quiet_transformers
+    """Print what a model needs and what a budget gives; no weight is loaded.
 
-    quiet_transformers(quiet=True)
+    With --device-memory it plans for a GPU, also one that this machine does not have. Exit code 1 if the model cannot
+    run with the budget.
+    """
+    console = Console(stderr=True)
+    import_libraries(console, verbose, None)
+    if device is None and device_memory is not None:
+        device = "cuda"
+    check_device(device, must_exist=device_memory is None)
+    if device == "cpu" and device_memory is not None:
+        raise ConfigError("--device cpu and --device-memory contradict each other; leave one out")
     import torch
 
     from moetier.hf import Options
-    from moetier.loading import inspect, resolve
+    from moetier.loading import inspect
 
     options = Options(
         device_memory=device_memory, host_memory=host_memory, slots=slots, context=context, readers=readers
     )
     options.check()
-    folder = resolve(model, **({"revision": revision} if revision else {}))
+    folder = find(model, revision, console)
     extra: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
-    result = inspect(folder, options, torch.device(device) if device else None, **extra)
+    with console.status("computing shapes"), warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")
+        result = inspect(folder, options, torch.device(device) if device else None, **extra)
     if as_json:
-        print(json.dumps(asdict(result), indent=2))
+        print(json.dumps(as_dict(result, model), indent=2))
     else:
-        show(result)
+        show(result, model)
     if result.status not in (Status.OK, Status.BELOW_RECOMMENDED):
         raise typer.Exit(1)
 
 
-def show(plan: Plan) -> None:
+def as_dict(plan: Plan, model: str) -> dict[str, Any]:
+    """The plan as JSON takes it."""
+    work = plan.workload
+    expert_bytes = {"raw": work.records * work.record_nbytes, "in_slots": work.records * work.slot_nbytes}
+    head = {"version": PLAN_VERSION, "model": model, "slots": plan.slots, "expert_bytes": expert_bytes}
+    return head | asdict(plan)
+
+
+def show(plan: Plan, model: str) -> None:
     """The plan as a table on standard output."""
     work, machine = plan.workload, plan.machine
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_row("weights that are not experts", format_size(work.resident_nbytes))
-    table.add_row("cache of the context", format_size(work.kv_nbytes), f"{work.context} tokens")
-    table.add_row("working memory", format_size(work.workspace_nbytes), "activations, read buffers")
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column()
+    table.add_row("weights that are not experts", format_size(work.resident_nbytes), "always in memory")
+    table.add_row("decoding cache", format_size(work.kv_nbytes), f"for {work.context} tokens of context")
+    table.add_row("workspace", format_size(work.workspace_nbytes), "activations, read buffers")
     table.add_row(
-        "experts",
-        format_size(work.records * work.record_nbytes),
-        f"{work.records} of {format_size(work.record_nbytes)} in {work.layers} layers, {work.top_k} per token",
+        "an expert",
+        format_size(work.record_nbytes),
+        f"{work.record_nbytes} bytes, {work.slot_nbytes} in a slot",
     )
-    table.add_row("a slot", format_size(work.slot_nbytes), "an expert, rounded as the arena allocates it")
+    table.add_row(
+        "all experts",
+        format_size(work.records * work.record_nbytes),
+        f"{work.records} in {work.layers} layers, {work.top_k} per token and layer; "
+        f"{format_size(work.records * work.slot_nbytes)} in slots",
+    )
     for tier in plan.tiers:
         share = 100 * tier.slots / work.records
         table.add_row(
-            f"{tier.name} tier", format_size(tier.nbytes), f"{tier.slots} slots, {share:.0f} % of the experts"
+            f"{tier.name} tier", f"{tier.slots} slots", f"{format_size(tier.nbytes)}, {share:.0f} % of the experts"
         )
-    table.add_row("recommended", f"{plan.recommended_slots} slots", "twice the experts that a token uses")
+    table.add_row("recommended", f"{plan.recommended_slots} slots", "or more in the fastest tier")
     if machine.device_nbytes is not None:
         table.add_row(
             "device memory", format_size(plan.device_total_nbytes), f"of {format_size(machine.device_nbytes)}"
         )
     table.add_row("host memory", format_size(plan.host_total_nbytes), f"of {format_size(machine.host_nbytes)}")
-    table.add_row("status", str(plan.status), plan.advice)
-    Console(width=None, soft_wrap=True).print(table)
+    console = Console(highlight=False)
+    console.print(f"Memory plan of {model}", markup=False, soft_wrap=True)
+    console.print(table)
+    advice = f": {plan.advice}" if plan.advice else ""
+    console.print(f"{plan.status}{advice}", markup=False, soft_wrap=True)

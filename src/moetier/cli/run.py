@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from moetier.cli import options as o
-from moetier.cli.errors import reported
-from moetier.cli.generating import Generation, check_writable, loaded, report, show, write_stats
+from moetier.cli.errors import reported, say
+from moetier.cli.generating import Generation, speed, tokenise
+from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
+from moetier.cli.report import check_writable, report, show, write_stats
 from moetier.errors import ConfigError
 
 
@@ -17,7 +21,7 @@ from moetier.errors import ConfigError
 def run(
     model: o.Model,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; read from standard input when omitted or -.", show_default=False)
+        str | None, typer.Argument(help="The prompt; read from standard input when left out, or -.", metavar="PROMPT")
     ] = None,
     device_memory: o.DeviceMemory = None,
     host_memory: o.HostMemory = None,
@@ -29,113 +33,111 @@ def run(
     io: o.IO = "auto",
     device: o.Device = None,
     dtype: o.Dtype = "auto",
+    threads: o.Threads = None,
+    revision: o.Revision = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     max_new_tokens: o.MaxNewTokens = 128,
     temperature: o.Temperature = None,
     top_p: o.TopP = None,
     top_k: o.TopK = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repetition.", min=0.01)] = None,
+    repetition_penalty: o.RepetitionPenalty = None,
+    do_sample: o.DoSample = None,
     seed: o.Seed = None,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. [default: if there is one]")
-    ] = None,
+    system: o.System = None,
+    chat: o.Chat = None,
     stats_json: o.StatsJson = None,
-    threads: o.Threads = None,
-    revision: o.Revision = None,
-    trust_remote_code: o.TrustRemoteCode = False,
     quiet: o.Quiet = False,
+    verbose: o.Verbose = False,
 ) -> None:
-    """Write text with a model whose experts stay out of core. The text goes to standard output, the rest to standard
-    error.
+    """Write text with a model whose experts stay out of core.
+
+    The text goes to standard output; progress, warnings and the table at the end go to standard error.
     """
     if dtype not in o.DTYPES:
         raise ConfigError(f"--dtype {dtype}: choose one of {', '.join(o.DTYPES)}")
-    if greedy and temperature:
-        raise ConfigError("--greedy and --temperature contradict each other; give one of them")
+    if system and chat is False:
+        raise ConfigError("--system and --no-chat contradict each other: a system message needs the chat template")
+    sampling = sampling_options(do_sample, temperature, top_p, top_k, repetition_penalty)
     check_writable(stats_json)
     text = read_prompt(prompt)
-    sampling = sampling_options(greedy, temperature, top_p, top_k, repetition_penalty, max_new_tokens)
-    tiering: dict[str, Any] = {
-        "device_memory": device_memory,
-        "host_memory": host_memory,
-        "slots": slots,
-        "policy": policy,
-        "admission": admission,
-        "context": context,
-        "readers": readers,
-        "io": io,
-        "device": device,
-        "dtype": dtype,
-    }
-    if trust_remote_code:
-        tiering["trust_remote_code"] = True
+    console = Console(stderr=True, quiet=quiet)
+    import_libraries(console, verbose, threads)
+    check_device(device)
+    import torch
+
     from moetier.hf import Options
-    from moetier.loading import resolve
 
-    own = {name: value for name, value in tiering.items() if name in Options.__dataclass_fields__}
-    Options(**own).check()  # a wrong flag is told before anything is downloaded
-    folder = resolve(model, **({"revision": revision} if revision else {}))
-    with loaded(folder, quiet, threads, **tiering) as (lm, tokenizer):
+    tiering = Options(device_memory, host_memory, slots, policy, admission, context, readers, io)  # type: ignore[arg-type]
+    tiering.check()  # a wrong flag is told before anything is downloaded
+    if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
+        say("warning", "device_memory is not used: the model computes on the CPU")
+    folder = find(model, revision, console)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    inputs = tokenise(tokenizer, text, system, chat)
+    arguments: dict[str, Any] = {name: getattr(tiering, name) for name in Options.__dataclass_fields__}
+    arguments |= {"device": device, "dtype": dtype} | ({"trust_remote_code": True} if trust_remote_code else {})
+    begin = time.perf_counter()
+    with loaded(folder, console, verbose, **arguments) as lm:
+        load_seconds = time.perf_counter() - begin
+        if not quiet:
+            warn_of_length(lm, inputs["input_ids"].shape[1] + max_new_tokens, context)
         if seed is not None:
-            import torch
-
             torch.manual_seed(seed)
         generation = Generation(lm, tokenizer)
-        generation.run(tokenise(tokenizer, text, system, chat, lm.device), **sampling)
-        result = report(lm, generation.speeds())
-    if not quiet:
-        show(result)
+        generation.run(inputs, max_new_tokens=max_new_tokens, **sampling)
+        result = report(lm, model, speed([generation]), load_seconds, generation.seconds)
+    show(result, console)
     if stats_json is not None:
         write_stats(stats_json, result)
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The argument, or standard input."""
-    if prompt not in (None, "-"):
-        text = str(prompt)
+    """The argument, or standard input without its last line end."""
+    if prompt is not None and prompt != "-":
+        text = prompt
     elif sys.stdin.isatty():
         raise ConfigError("no prompt: give one as an argument, or pipe it into standard input")
     else:
-        text = sys.stdin.read()
-    if not text.strip():
-        raise ConfigError("the prompt is empty")
+        try:
+            text = sys.stdin.read().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the prompt on standard input is not text: {error}") from None
+    if not text:
+        raise ConfigError("the prompt is empty: give one as an argument, or pipe it into standard input")
     return text
 
 
 def sampling_options(
-    greedy: bool,
+    do_sample: bool | None,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
     repetition_penalty: float | None,
-    max_new_tokens: int,
 ) -> dict[str, Any]:
     """Arguments of `generate`: only what the user said, the rest is the model's own generation config."""
-    if top_p is not None and top_p <= 0:
-        raise ConfigError(f"--top-p {top_p}: must be above 0 and at most 1")
-    chosen: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if greedy or temperature == 0:
-        return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if top_p == 0:
+        raise ConfigError("--top-p 0: must be above 0 and at most 1")
+    chosen: dict[str, Any] = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
+    if temperature == 0:
+        if do_sample:
+            raise ConfigError("--temperature 0 is greedy and contradicts --do-sample; leave one out")
+        do_sample, temperature = False, None
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    if any(value is not None for value in asked.values()):
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if do_sample is False:
+        if asked:
+            flags = ", ".join("--" + name.replace("_", "-") for name in asked)
+            raise ConfigError(f"{flags} and greedy decoding contradict each other; leave one out")
+        return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if asked or do_sample:
         chosen["do_sample"] = True
-    asked["repetition_penalty"] = repetition_penalty
-    return chosen | {name: value for name, value in asked.items() if value is not None}
+    return chosen | asked
 
 
-def tokenise(tokenizer: Any, text: str, system: str | None, chat: bool | None, device: Any) -> dict[str, Any]:
-    """The prompt as model inputs, through the chat template where there is one."""
-    template = getattr(tokenizer, "chat_template", None)
-    if (chat or system) and not template:
-        raise ConfigError("the tokenizer has no chat template; leave out --chat and --system")
-    if template and chat is not False:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(text, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
-    return dict(inputs.to(device))
+def warn_of_length(lm: Any, tokens: int, context: int) -> None:
+    """Tell what a text of `tokens` may overrun."""
+    longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    if tokens > context:
+        say("warning", f"up to {tokens} tokens, but memory is planned for --context {context}")
+    if longest is not None and tokens > longest:
+        say("warning", f"up to {tokens} tokens, but the model is made for {longest}")

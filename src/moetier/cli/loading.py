@@ -1,0 +1,109 @@
+"""Load tokenizer and model for a command: progress for people, errors as moetier's own, the chatter of others off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from moetier.errors import ConfigError
+
+
+def import_libraries(console: Console, verbose: bool, threads: int | None) -> None:
+    """Import torch and transformers, which takes seconds, and set them up."""
+    with console.status("importing torch and transformers"):
+        import torch
+        import transformers
+
+        import moetier.loading  # noqa: F401  (registers the hook)
+
+    if not verbose:
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_device(name: str | None, must_exist: bool = True) -> None:
+    """Raise `ConfigError` unless torch can compute there."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"--device {name}: unknown; give cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: moetier computes on cpu and cuda")
+    if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"--device {name}: torch sees {found} GPUs; leave the flag out to take what there is")
+
+
+def find(model: str, revision: str | None, console: Console) -> Path:
+    """The folder of a model, checked before anything is loaded from it."""
+    from moetier.loading import check_folder, resolve
+
+    folder = resolve(model, **({"revision": revision} if revision else {}))
+    with console.status("reading headers"):
+        check_folder(folder)
+    return folder
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder. Raises `CheckpointError`."""
+    from transformers import AutoTokenizer
+
+    from moetier.loading import translate
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # whatever the parser of a damaged file raises
+        raise translate(error, f"{folder}: the tokenizer cannot be loaded") from error
+
+
+@contextmanager
+def loaded(folder: Path, console: Console, verbose: bool, **options: Any) -> Iterator[Any]:
+    """The model, closed at the end. Raises what `moetier.from_pretrained` raises."""
+    import moetier
+
+    with warnings.catch_warnings():
+        if not verbose:
+            warnings.simplefilter("ignore")
+        with _bar(console, verbose):
+            model = moetier.from_pretrained(folder, **options)
+        try:
+            yield model
+        finally:
+            model.moetier.close()
+
+
+@contextmanager
+def _bar(console: Console, verbose: bool) -> Iterator[None]:
+    """A bar of our own in place of transformers', where that lets us."""
+    from transformers.utils import logging
+
+    hooked = getattr(logging, "set_tqdm_hook", None)
+    if verbose or hooked is None or not console.is_terminal or console.quiet:
+        yield
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("mapping experts", total=None)
+
+        def track(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not args or not isinstance(args[0], Collection):
+                return factory(*args, **kwargs)
+            label = "loading the weights that are not experts"
+            return progress.track(args[0], total=len(args[0]), task_id=task, description=label)
+
+        before = hooked(track)
+        try:
+            yield
+        finally:
+            hooked(before)
