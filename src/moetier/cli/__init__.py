@@ -53,4 +53,4 @@ def _root(
 
 def main() -> None:
     """The console script."""
-    app(prog_name="moetier")
+    app()

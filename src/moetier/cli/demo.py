@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported
-from moetier.cli.generating import Generation, speed, tokenise
+from moetier.cli.generating import Generation, check_finite, speed, tokenise
 from moetier.cli.loading import find, import_libraries, load_tokenizer, loaded
 from moetier.cli.report import check_writable, report, show, write_stats
 
@@ -38,6 +38,7 @@ def demo(
     stats_json: o.StatsJson = None,
 ) -> None:
     """Run the embedded model with most of its experts left on disk. Nothing is downloaded."""
+    check_finite(temperature=temperature)
     check_writable(stats_json)
     prompts = PROMPTS if prompt is None else (("your prompt", prompt, 1.15),)
     console = Console(stderr=True, highlight=False)

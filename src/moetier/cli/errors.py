@@ -23,6 +23,7 @@ EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
 
 _FLAGS = (  # the library names its arguments, a user of the command line knows flags
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
+    (re.compile(r"^(slots|policy|admission|context|readers|io): "), r"--\1: "),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
 
@@ -30,11 +31,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def say(kind: str, message: str) -> None:
-    """One line on standard error."""
+def with_flags(message: str) -> str:
+    """A message of the library in the words of the command line."""
     for pattern, flag in _FLAGS:
         message = pattern.sub(flag, message)
-    print(f"{kind}: {'; '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return message
+
+
+def say(kind: str, message: str) -> None:
+    """One line on standard error."""
+    print(f"{kind}: {'; '.join(with_flags(message).splitlines())}", file=sys.stderr, flush=True)
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -68,11 +74,14 @@ class Program(TyperGroup):
         prog_name: str | None = None,
         complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         """Parse, run and exit."""
         try:
-            code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            code = super().main(
+                args, prog_name or "moetier", complete_var, False, windows_expand_args=windows_expand_args, **extra
+            )
         except Exception as error:
             # By shape, not by class: typer brings its own copy of click in some versions and not in others.
             describe = getattr(error, "format_message", None)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import Any
 
 from moetier.errors import CheckpointError, ConfigError
+
+
+def check_finite(**numbers: float | None) -> None:
+    """Raise `ConfigError` for a flag, named as its parameter, that is infinite or not a number."""
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be a finite number")
 
 
 def tokenise(tokenizer: Any, text: str, system: str | None = None, chat: bool | None = None) -> Any:
@@ -70,7 +78,11 @@ class Generation:
         streamer = Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         begin = time.perf_counter()
         with torch.no_grad():
-            self.model.generate(**inputs.to(self.model.device), streamer=streamer, **options)
+            try:
+                self.model.generate(**inputs.to(self.model.device), streamer=streamer, **options)
+            except KeyboardInterrupt:
+                streamer.end()  # the word it was in
+                raise
         self.seconds = time.perf_counter() - begin
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from moetier.errors import ConfigError
+from moetier.errors import CheckpointError, ConfigError
 
 
 def import_libraries(console: Console, verbose: bool, threads: int | None) -> None:
@@ -65,7 +65,11 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever the parser of a damaged file raises
-        raise translate(error, f"{folder}: the tokenizer cannot be loaded") from error
+        told = translate(error, folder)
+        if isinstance(told, ConfigError):
+            raise told from error
+        text = " ".join(str(error).split())[:400] or type(error).__name__
+        raise CheckpointError(f"{folder}: the tokenizer cannot be loaded ({text}); download its files again") from error
 
 
 @contextmanager

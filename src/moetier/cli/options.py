@@ -117,7 +117,9 @@ DoSample = Annotated[
         rich_help_panel=_TEXT,
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Seed for sampling.", metavar="N", rich_help_panel=_TEXT)]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed for sampling.", metavar="N", min=0, max=2**32 - 1, rich_help_panel=_TEXT)
+]
 System = Annotated[
     str | None,
     typer.Option(metavar="TEXT", help="System message, for models with a chat template.", rich_help_panel=_TEXT),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetier.cli import options as o
-from moetier.cli.errors import reported
+from moetier.cli.errors import reported, with_flags
 from moetier.cli.loading import check_device, find, import_libraries
 from moetier.errors import ConfigError
 from moetier.plan import Plan, Status, format_size
@@ -118,4 +118,4 @@ def show(plan: Plan, model: str) -> None:
     console.print(f"Memory plan of {model}", markup=False, soft_wrap=True)
     console.print(table)
     advice = f": {plan.advice}" if plan.advice else ""
-    console.print(f"{plan.status}{advice}", markup=False, soft_wrap=True)
+    console.print(f"{plan.status}{with_flags(advice)}", markup=False, soft_wrap=True)

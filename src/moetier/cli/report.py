@@ -107,8 +107,12 @@ def check_writable(path: str | None) -> None:
         return
     try:
         if Path(path).is_dir():
-            raise IsADirectoryError(None, "is a folder")
+            raise IsADirectoryError(None, "it is a folder")
         draft = _draft(path)
+        if draft is None:
+            if not os.access(path, os.W_OK):
+                raise PermissionError(None, "no permission")
+            return
         draft.touch()  # asking for permission is not enough: the file system may be read-only, or no place for files
         draft.unlink()
     except (OSError, ValueError) as error:
@@ -120,16 +124,24 @@ def check_writable(path: str | None) -> None:
 
 def write_stats(path: str, result: dict[str, Any]) -> None:
     """Write the statistics file, whole or not at all."""
+    text = json.dumps(result, indent=2) + "\n"
     draft = _draft(path)
     try:
+        if draft is None:
+            Path(path).write_text(text, encoding="utf-8")
+            return
         try:
-            draft.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-            os.replace(draft, path)
+            draft.write_text(text, encoding="utf-8")
+            os.replace(draft, Path(path).resolve())
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"--stats-json {path}: could not be written: {error.strerror}") from error
 
 
-def _draft(path: str) -> Path:
-    return Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+def _draft(path: str) -> Path | None:
+    """What becomes the file once it is whole; nothing for a pipe or device, which cannot be replaced."""
+    if Path(path).exists() and not Path(path).is_file():
+        return None
+    target = Path(path).resolve()  # a link keeps leading to the file
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
-from moetier.cli.generating import Generation, speed, tokenise
+from moetier.cli.generating import Generation, check_finite, speed, tokenise
 from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
 from moetier.cli.report import check_writable, report, show, write_stats
 from moetier.errors import ConfigError
@@ -69,8 +70,9 @@ def run(
 
     tiering = Options(device_memory, host_memory, slots, policy, admission, context, readers, io)  # type: ignore[arg-type]
     tiering.check()  # a wrong flag is told before anything is downloaded
+    warnings: list[str] = []
     if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
-        say("warning", "device_memory is not used: the model computes on the CPU")
+        warnings.append("device_memory is not used: the model computes on the CPU")
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     inputs = tokenise(tokenizer, text, system, chat)
@@ -79,8 +81,9 @@ def run(
     begin = time.perf_counter()
     with loaded(folder, console, verbose, **arguments) as lm:
         load_seconds = time.perf_counter() - begin
-        if not quiet:
-            warn_of_length(lm, inputs["input_ids"].shape[1] + max_new_tokens, context)
+        warnings += overruns(lm, inputs["input_ids"].shape[1] + max_new_tokens, context)
+        for message in [] if quiet else warnings:
+            say("warning", message)
         if seed is not None:
             torch.manual_seed(seed)
         generation = Generation(lm, tokenizer)
@@ -100,7 +103,8 @@ def read_prompt(prompt: str | None) -> str:
     else:
         try:
             text = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
+            text.encode()  # some locales let any byte pass
+        except UnicodeError as error:
             raise ConfigError(f"the prompt on standard input is not text: {error}") from None
     if not text:
         raise ConfigError("the prompt is empty: give one as an argument, or pipe it into standard input")
@@ -115,8 +119,9 @@ def sampling_options(
     repetition_penalty: float | None,
 ) -> dict[str, Any]:
     """Arguments of `generate`: only what the user said, the rest is the model's own generation config."""
-    if top_p == 0:
-        raise ConfigError("--top-p 0: must be above 0 and at most 1")
+    check_finite(temperature=temperature, repetition_penalty=repetition_penalty)
+    if top_p is not None and not 0 < top_p <= 1:  # also what is not a number
+        raise ConfigError(f"--top-p {top_p:g}: must be above 0 and at most 1")
     chosen: dict[str, Any] = {} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}
     if temperature == 0:
         if do_sample:
@@ -134,10 +139,10 @@ def sampling_options(
     return chosen | asked
 
 
-def warn_of_length(lm: Any, tokens: int, context: int) -> None:
-    """Tell what a text of `tokens` may overrun."""
+def overruns(lm: Any, tokens: int, context: int) -> Iterator[str]:
+    """What a text of `tokens` may overrun."""
     longest = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
     if tokens > context:
-        say("warning", f"up to {tokens} tokens, but memory is planned for --context {context}")
+        yield f"up to {tokens} tokens, but memory is planned for --context {context}"
     if longest is not None and tokens > longest:
-        say("warning", f"up to {tokens} tokens, but the model is made for {longest}")
+        yield f"up to {tokens} tokens, but the model is made for {longest}"
