@@ -28,6 +28,7 @@ from typer.testing import CliRunner
 import moetier
 from families import VOCAB
 from moetier.cli import app
+from moetier.plan import Machine, Workload, make_plan
 
 Get = Callable[..., Path]
 NAME = "qwen3_moe"
@@ -186,6 +187,18 @@ def test_quiet_says_nothing_but_the_text(folder: Path, expected: Callable[..., s
     assert (result.stdout, result.stderr) == (expected() + "\n", "")
 
 
+def test_piped(folder: Path, expected: Callable[..., str]) -> None:
+    result = process("run", folder, "--greedy", *FAST, input=PROMPT + "\n")
+    assert (result.returncode, result.stdout) == (0, expected() + "\n")
+    assert "decode" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_text_longer_than_planned(folder: Path) -> None:
+    result = call("run", folder, PROMPT, "--greedy", *FAST, "--context", 20)
+    assert "warning: up to 28 tokens, but memory is planned for --context 20" in said(result)
+
+
 def test_stats_json(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "stats.json"
     path.write_text("replaced")
@@ -300,6 +313,34 @@ def test_the_minimum_that_plan_states_works(folder: Path) -> None:
     assert f"({minimum} bytes)" in said(result)
 
 
+@pytest.mark.parametrize(
+    ("changes", "budget", "status", "code"),
+    [
+        ({}, 1 << 20, "ok", 0),
+        ({}, 2000, "below recommended", 0),
+        ({}, 1000, "budget exhausted", 1),
+        ({"slot_nbytes": 0}, 1 << 20, "unknown expert size", 1),
+        ({"records": 0}, 1 << 20, "empty", 1),
+    ],
+)
+def test_every_status_has_its_exit_code(
+    changes: dict[str, int], budget: int, status: str, code: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = {"layers": 3, "records": 24, "top_k": 3, "record_nbytes": 100, "slot_nbytes": 128, "resident_nbytes": 1000}
+    work |= {"kv_nbytes": 10, "context": 64, "workspace_nbytes": 50} | changes
+    plan = make_plan(Workload(**work), Machine(budget))
+    monkeypatch.setattr("moetier.loading.inspect", lambda *_, **__: plan)
+    assert re.search(rf"^{status}(: |$)", call("plan", folder, code=code).stdout, re.MULTILINE)
+    assert json.loads(call("plan", folder, "--json", code=code).stdout)["status"] == status
+
+
+def test_a_plan_for_a_gpu_elsewhere(folder: Path) -> None:
+    plan = json.loads(call("plan", folder, "--device-memory", "1GiB", "--json").stdout)
+    assert [tier["name"] for tier in plan["tiers"]] == ["device", "host"]
+    result = call("plan", folder, "--device-memory", "1GiB", "--device", "cpu", code=2)
+    assert "--device cpu and --device-memory contradict each other" in said(result)
+
+
 # -- flags that cannot be used -----------------------------------------------------------------------------------------
 
 
@@ -318,6 +359,8 @@ def test_the_minimum_that_plan_states_works(folder: Path) -> None:
         ("--dtype int4", 2, "--dtype int4: choose one of auto, float32, float16, bfloat16"),
         ("--io fast", 2, "--io: 'fast' is unknown; choose auto, direct or buffered"),
         ("--device abacus", 2, "--device abacus: "),
+        ("--system Hi --no-chat", 2, "--system and --no-chat contradict each other"),
+        ("--max-new-tokens -3", 2, "Invalid value for '--max-new-tokens'"),
         ("--max-new-tokens 0", 2, "Invalid value for '--max-new-tokens'"),
         ("--context 0", 2, "Invalid value for '--context'"),
         ("--readers 0", 2, "Invalid value for '--readers'"),
