@@ -152,7 +152,11 @@ def moetier_experts_forward(
         return torch.empty_like(hidden_states)
     if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
-    result: torch.Tensor = _ForwardOnly.apply(hidden_states, top_k_weights, top_k_index, self)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        tiered, layer = self._moetier
+        result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+        return result
+    result = _ForwardOnly.apply(hidden_states, top_k_weights, top_k_index, self)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from moetier.access import Access, ExpertKey
 from moetier.policies.lfru import LFRU
 
@@ -13,6 +15,5 @@ class LFU(LFRU):
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Fewest uses first."""
-        ids = self._residents.ids()
-        recency = self._last_view.take(ids) / (self._now + 1.0)  # adds less than one use
-        return self._residents.ascending(self._uses_view.take(ids) + recency)
+        recency = self._residents.column(1) / np.float32(self._now + 1)  # adds less than one use
+        return self._residents.ascending(self._residents.column(0) + recency)

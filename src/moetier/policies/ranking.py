@@ -14,36 +14,49 @@ HEAD = 32  # more than an access usually evicts; the rest is sorted only if some
 
 
 class ResidentIndex:
-    """A tier's residents, packed side by side with their ids (`layer * experts + expert`) for vectorised scoring."""
+    """A tier's residents, packed side by side for vectorised scoring.
 
-    def __init__(self, experts: int, slots: int):
+    Beside each key lie its id (`layer * experts + expert`) and `columns` numbers of the policy's own, in float32: half
+    the bytes to look at, exact for counts and times up to 2**24.
+    """
+
+    def __init__(self, experts: int, slots: int, columns: int = 0):
         self._experts = experts
         self._ids = array("q", bytes(8 * slots))  # written item by item, where array is faster than numpy
         self._view = np.frombuffer(self._ids, dtype=np.int64)
+        self.columns = [array("f", bytes(4 * slots)) for _ in range(columns)]  # indexed by `position`
+        self._column_views = [np.frombuffer(column, dtype=np.float32) for column in self.columns]
         self._keys: list[ExpertKey] = []
-        self._position: dict[ExpertKey, int] = {}
+        self.position: dict[ExpertKey, int] = {}
 
     def add(self, key: ExpertKey) -> int:
-        """Insert a key that is not present; returns its id."""
-        position = self._position[key] = len(self._keys)
+        """Insert a key that is not present; returns its position, whose columns are to be set."""
+        position = self.position[key] = len(self._keys)
         self._keys.append(key)
-        identity = self._ids[position] = key[0] * self._experts + key[1]
-        return identity
+        self._ids[position] = key[0] * self._experts + key[1]
+        return position
 
     def remove(self, key: ExpertKey) -> None:
         """Remove a key; the last one takes its place."""
-        hole = self._position.pop(key)
+        hole = self.position.pop(key)
         moved = self._keys.pop()
-        if hole != len(self._keys):
+        last = len(self._keys)
+        if hole != last:
             self._keys[hole] = moved
-            self._position[moved] = hole
-            self._ids[hole] = self._ids[len(self._keys)]
+            self.position[moved] = hole
+            self._ids[hole] = self._ids[last]
+            for column in self.columns:
+                column[hole] = column[last]
 
     def ids(self) -> NDArray[np.int64]:
         """A view of the ids of all residents."""
         return self._view[: len(self._keys)]
 
-    def ascending(self, scores: NDArray[np.float64]) -> Iterator[ExpertKey]:
+    def column(self, index: int) -> NDArray[np.float32]:
+        """A view of a column for all residents, aligned with `ids()`."""
+        return self._column_views[index][: len(self._keys)]
+
+    def ascending(self, scores: NDArray[np.floating]) -> Iterator[ExpertKey]:
         """Keys by ascending score (scores aligned with `ids()`; overwritten). Ties: first in packed order first."""
         keys, taken = self._keys, np.inf
         for _ in range(min(HEAD, len(keys))):
