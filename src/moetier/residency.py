@@ -306,7 +306,7 @@ class Residency:
         kept, wanted = (self._pinned, None) if tier is self._top else (None, self._wanted)
         picked: list[Entry] = []
         below_floor: list[Entry] = []
-        taken: Counter[int] = Counter()
+        taken: dict[int, int] = {}
         for key in tier.policy.victims(access):
             entry = entries[key]
             if entry.leases or entry.state is not State.READY or (kept and key in kept):
@@ -315,10 +315,10 @@ class Residency:
                 continue
             if floor:
                 layer = key[0]
-                if layer != access.layer and tier.residents[layer] - taken[layer] <= floor:
+                if layer != access.layer and tier.residents[layer] - taken.get(layer, 0) <= floor:
                     below_floor.append(entry)
                     continue
-                taken[layer] += 1
+                taken[layer] = taken.get(layer, 0) + 1
             picked.append(entry)
             if len(picked) == need:
                 return picked

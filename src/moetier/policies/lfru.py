@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,10 +15,10 @@ class LFRU:
     """Least frequently and recently used: score = uses / (now - last + 1), lowest first; lifetime counts."""
 
     def __init__(self, layers: int, experts: int, slots: int):
-        self._now = 0
+        self._experts, self._now = experts, 0
         self._residents = ResidentIndex(experts, slots, columns=2)
         self._uses, self._last = self._residents.columns
-        self._evicted_uses: dict[ExpertKey, float] = {}
+        self._evicted_uses = array("f", bytes(4 * layers * experts))
 
     def on_access(self, access: Access) -> None:
         """Note the time: an access that waited for slots may ask for victims after later ones were served."""
@@ -26,7 +27,7 @@ class LFRU:
     def on_insert(self, key: ExpertKey, access: Access) -> None:
         """Count a use and start ranking the key."""
         position = self._residents.add(key)
-        self._uses[position] = self._evicted_uses.get(key, 0.0) + 1.0
+        self._uses[position] = self._evicted_uses[key[0] * self._experts + key[1]] + 1.0
         self._last[position] = access.time
 
     def on_hit(self, key: ExpertKey, access: Access) -> None:
@@ -37,7 +38,7 @@ class LFRU:
 
     def on_remove(self, key: ExpertKey) -> None:
         """Stop ranking the key; its count stays."""
-        self._evicted_uses[key] = self._uses[self._residents.position[key]]
+        self._evicted_uses[key[0] * self._experts + key[1]] = self._uses[self._residents.position[key]]
         self._residents.remove(key)
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
