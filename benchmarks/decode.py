@@ -54,7 +54,33 @@ def load_moetier(spec: dict[str, Any]) -> Any:
     model = moetier.from_pretrained(spec["folder"], slots=f"{spec['share']}%", context=spec["context"], device="cpu")
     if spec["share"] == 100:
         touch_all(model.moetier.cache)
+    time_core(model.moetier)
     return model
+
+
+def time_core(tiered: Any) -> None:
+    """Let `stats()` also tell the seconds spent in the residency core: its calls, without queues, locks and views."""
+    spent = [0.0]
+
+    def timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = call(*args, **kwargs)
+            spent[0] += time.perf_counter() - begin
+            return result
+
+        return wrapper
+
+    core, plain_stats = tiered.cache.core, tiered.stats
+    for name in ("acquire", "release", "completed", "take", "place"):
+        setattr(core, name, timed(getattr(core, name)))
+
+    def stats() -> dict[str, Any]:
+        found = plain_stats()
+        found["seconds"]["core"] = spent[0]
+        return found
+
+    tiered.stats = stats
 
 
 def touch_all(cache: Any) -> None:
@@ -178,7 +204,7 @@ def difference(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """moetier's counters over the measured steps."""
     tiers = [stats["tiers"][-1] for stats in (before, after)]
     found = {key: sum(tiers[1][key]) - sum(tiers[0][key]) for key in ("hits", "lates", "misses")}
-    found |= {key: after["seconds"][key] - before["seconds"][key] for key in ("wait", "compute", "decide")}
+    found |= {key: after["seconds"][key] - before["seconds"][key] for key in ("wait", "compute", "decide", "core")}
     return found | {"read_bytes": _link_bytes(after) - _link_bytes(before)}
 
 
@@ -507,7 +533,7 @@ def describe(run: dict[str, Any]) -> str:
         text += f", group {size(run['cgroup']['peak'])}, limit hit {run['cgroup']['limit_hits']} times"
     if "engine" in run:
         text += "; " + ", ".join(
-            f"{key} {1e3 * run['engine'][key] / len(steps):.1f} ms" for key in ("wait", "compute", "decide")
+            f"{key} {1e3 * run['engine'][key] / len(steps):.1f} ms" for key in ("wait", "compute", "decide", "core")
         )
     return text + ")"
 
@@ -610,7 +636,7 @@ def time_table(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> 
             cells += [f"{1e3 * read:.0f}", f"{1 / best:.2f} ({100 * best / step:.0f} %)"]
             cells += [f"{1 / serial:.2f} ({100 * serial / step:.0f} %)"]
         rows.append(cells)
-    head = ["arm", "step, ms", "computing experts, ms", "waiting, ms", "deciding, ms (share)", "hits"]
+    head = ["arm", "step, ms", "computing experts, ms", "waiting, ms", "deciding, ms (share)", "of it the core", "hits"]
     if disk and compute:
         head += ["its reads at disk speed, ms", "bound, reads beside math", "bound, reads then math"]
     return table(head, rows)
@@ -618,17 +644,18 @@ def time_table(found: dict[str, Any], arms: dict[str, list[dict[str, Any]]]) -> 
 
 def engine_cells(runs: list[dict[str, Any]], step: float) -> list[str]:
     if "engine" not in runs[0]:
-        return [""] * 4
+        return [""] * 5
 
     def per_step(key: str) -> float:
         return median_of(runs, lambda run: run["engine"][key] / len(run["steps"]))
 
-    decide, hits = per_step("decide"), per_step("hits")
+    decide, core, hits = per_step("decide"), per_step("core"), per_step("hits")
     asked = hits + per_step("lates") + per_step("misses")
     return [
         f"{1e3 * per_step('compute'):.0f}",
         f"{1e3 * per_step('wait'):.0f}",
         f"{1e3 * decide:.1f} ({100 * decide / step:.1f} %)",
+        f"{1e3 * core:.1f} ({100 * core / step:.1f} %)",
         f"{100 * hits / asked:.0f} %" if asked else "",
     ]
 

@@ -298,5 +298,5 @@ def test_residents_are_the_bytes_of_the_checkpoint(plain: Get, tiered: Get) -> N
     for layer, expert in residents:
         key = ExpertKey(layer, expert)
         experts = plain(NAME).model.layers[layer].mlp.experts
-        for name, view in cache._fields(key, cache.core.place(key).slot).items():
+        for name, view in cache._lease(key).fields.items():
             assert torch.equal(view, getattr(experts, name)[expert])

@@ -125,7 +125,7 @@ def inspect(folder: Path, options: Options, device: torch.device | None = None, 
         config = AutoConfig.from_pretrained(folder, **kwargs)
         dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     except _LOADER_ERRORS as error:
         raise translate(error, folder) from error
     modules = find_experts(model)
