@@ -21,7 +21,22 @@ from collections.abc import Sequence
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
-from moetier.tiers import STAGING, Copy, Entry, Grant, Kind, Orders, Place, Room, State, Ticket, Tier, TierConfig
+from moetier.tiers import (
+    LEAVING,
+    LOADING,
+    READY,
+    STAGING,
+    Copy,
+    Entry,
+    Grant,
+    Kind,
+    Orders,
+    Place,
+    Room,
+    Ticket,
+    Tier,
+    TierConfig,
+)
 
 
 class Residency:
@@ -67,7 +82,7 @@ class Residency:
                 continue
             if not entry.transient:
                 on_hit(key, access)
-            if entry.state is State.READY and not entry.prefetched:  # the hot path, unrolled
+            if entry.state is READY and not entry.prefetched:  # the hot path, unrolled
                 entry.leases += 1
                 ticket.leased.add(key)
                 ticket.ready.append(key)
@@ -112,7 +127,7 @@ class Residency:
         for key in sorted(ticket.leased):
             entry = self._top.entries[key]
             entry.leases -= 1
-            if entry.state is State.LOADING:
+            if entry.state is LOADING:
                 entry.tickets.remove(ticket)
             self._drop_if_unused(entry)
         ticket.leased.clear()
@@ -185,7 +200,7 @@ class Residency:
 
     def residents(self, tier: int = 0) -> set[ExpertKey]:
         """Keys that are ready in a tier."""
-        return {key for key, entry in self._tiers[tier].entries.items() if entry.state is State.READY}
+        return {key for key, entry in self._tiers[tier].entries.items() if entry.state is READY}
 
     @property
     def busy(self) -> bool:
@@ -220,7 +235,7 @@ class Residency:
             entry.prefetched = False
             self.useful_prefetches += 1
             self._promote(entry.key)
-        if entry.state is State.READY:
+        if entry.state is READY:
             ticket.ready.append(entry.key)
             return False
         entry.tickets.append(ticket)
@@ -230,7 +245,7 @@ class Residency:
         """A prefetch is demanded now: every copy of its chain that has not ended."""
         for tier in self._tiers:
             entry = tier.entries.get(key)
-            if entry is not None and entry.state is State.LOADING:
+            if entry is not None and entry.state is LOADING:
                 self._orders.copies[entry.copy] = self._orders.copies[entry.copy]._replace(kind=Kind.LOAD)
                 self.promoted.append(entry.copy)
 
@@ -242,7 +257,7 @@ class Residency:
                 if entry is None:
                     absent.append(key)
                     continue
-                counter = tier.hits if entry.state is State.READY else tier.lates
+                counter = tier.hits if entry.state is READY else tier.lates
                 counter[access.layer] += 1
                 if not entry.transient:
                     tier.policy.on_hit(key, access)
@@ -309,7 +324,7 @@ class Residency:
         taken: dict[int, int] = {}
         for key in tier.policy.victims(access):
             entry = entries[key]
-            if entry.leases or entry.state is not State.READY or (kept and key in kept):
+            if entry.leases or entry.state is not READY or (kept and key in kept):
                 continue
             if wanted and wanted[key]:  # an access still needs it from here
                 continue
@@ -346,7 +361,7 @@ class Residency:
             tier.insert(entry, access)
             if source is not None:
                 source.leases += 1  # it stays until the copy has read it
-                if source.state is State.LOADING:
+                if source.state is LOADING:
                     blockers.append(source.copy)
             elif key in self._leaving:
                 blockers.append(self._leaving[key].copy)
@@ -375,7 +390,7 @@ class Residency:
         entry.tier.remove(entry)
         self.wasted_prefetches += entry.prefetched
         if entry.dirty:
-            entry.state = State.LEAVING
+            entry.state = LEAVING
             entry.tier.write_backs += 1
             self._next_copy += 1
             entry.copy = self._next_copy
@@ -391,7 +406,7 @@ class Residency:
             entry.tier.free.append(entry.place)
 
     def _drop_if_unused(self, entry: Entry) -> None:
-        if entry.transient and not entry.leases and entry.state is State.READY:
+        if entry.transient and not entry.leases and entry.state is READY:
             self._drop(entry)
 
     # -- endings of copies --------------------------------------------------------------------------------------------
@@ -405,7 +420,7 @@ class Residency:
     def _landed(self, copy: Copy) -> None:
         self._source_read(copy)
         entry = self._tiers[copy.target.tier].entries[copy.key]
-        entry.state = State.READY
+        entry.state = READY
         for ticket in entry.tickets:
             ticket.ready.append(copy.key)
         entry.tickets.clear()
@@ -432,7 +447,7 @@ class Residency:
         if not ok:  # nothing is lost: the record stays where it was, dirty
             for dependent in self._orders.undo_dependents(copy.id):
                 self._failed(dependent)
-            entry.state, entry.transient = State.READY, False
+            entry.state, entry.transient = READY, False
             entry.tier.insert(entry, self._last)
             self._share(entry)
         elif entry.heir is None:

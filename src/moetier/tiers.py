@@ -49,6 +49,9 @@ class State(Enum):
     LEAVING = "leaving"  # dirty and on its way home; the slot is already promised to another key
 
 
+LOADING, READY, LEAVING = State  # by name: looking a member up in its class costs more than a comparison
+
+
 class Entry:
     """A record's stay in a slot."""
 
@@ -71,7 +74,7 @@ class Entry:
         self.tier = tier
         self.key = key
         self.place = place
-        self.state = State.LOADING
+        self.state = LOADING
         self.copy = copy  # the order that fills it while LOADING, that saves it while LEAVING
         self.leases = 0  # users in tier 0, copies that read it
         self.dirty = False

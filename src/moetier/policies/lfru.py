@@ -44,4 +44,4 @@ class LFRU:
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Lowest frequency over age first."""
         age = np.float32(self._now + 1) - self._residents.column(1)
-        return self._residents.ascending(self._residents.column(0) / age)
+        return self._residents.ascending(np.divide(self._residents.column(0), age, out=age))

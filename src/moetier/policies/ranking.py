@@ -58,9 +58,9 @@ class ResidentIndex:
 
     def ascending(self, scores: NDArray[np.floating]) -> Iterator[ExpertKey]:
         """Keys by ascending score (scores aligned with `ids()`; overwritten). Ties: first in packed order first."""
-        keys, taken = self._keys, np.inf
+        keys, taken, lowest = self._keys, np.inf, scores.argmin
         for _ in range(min(HEAD, len(keys))):
-            best = scores.argmin()  # vectorised: a handful of these is cheaper than any partition
+            best = lowest()  # vectorised: a handful of these is cheaper than any partition
             scores[best] = taken
             yield keys[best]
         for index in scores.argsort(kind="stable")[: max(0, len(keys) - HEAD)].tolist():
