@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, StaticCache
 import moetier
 from families import VOCAB
 from moetier import ConfigError, MoetierError, TieredExpertsConfig, UnsupportedModelError, eventlog
-from moetier.access import ExpertKey
+from moetier.access import ExpertKey, Phase
 
 NAME = "qwen3_moe"  # 3 layers of 8 experts, 3 of them per token
 Get = Callable[..., Any]
@@ -300,3 +300,12 @@ def test_residents_are_the_bytes_of_the_checkpoint(plain: Get, tiered: Get) -> N
         experts = plain(NAME).model.layers[layer].mlp.experts
         for name, view in cache._lease(key).fields.items():
             assert torch.equal(view, getattr(experts, name)[expert])
+
+
+def test_the_phase_follows_the_step_however_it_is_passed(tiered: Get) -> None:
+    model = tiered(NAME)
+    embed = model.get_input_embeddings()
+    for length, phase in ((5, Phase.PREFILL), (1, Phase.DECODE), (4, Phase.PREFILL)):
+        ids = prompt(1, length)["input_ids"]
+        model(input_ids=None, inputs_embeds=embed(ids))
+        assert model.moetier._phase is phase

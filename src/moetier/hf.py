@@ -125,8 +125,9 @@ class TieredExperts:
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill."""
-        tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        if isinstance(tokens, torch.Tensor) and tokens.dim() > 1:
+        given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])  # any of them may be None
+        tokens = next((tokens for tokens in given if isinstance(tokens, torch.Tensor)), None)
+        if tokens is not None and tokens.dim() > 1:
             self._phase = Phase.PREFILL if tokens.shape[1] > 1 else Phase.DECODE
 
     def stats(self) -> dict[str, Any]:
@@ -152,11 +153,14 @@ def moetier_experts_forward(
         return torch.empty_like(hidden_states)
     if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
-    if not torch.is_grad_enabled():
-        tiered, layer = self._moetier
-        result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
-        return result
-    result = _ForwardOnly.apply(hidden_states, top_k_weights, top_k_index, self)  # type: ignore[no-untyped-call]
+    run = _ForwardOnly.apply if torch.is_grad_enabled() else _forward
+    result: torch.Tensor = run(self, hidden_states, top_k_index, top_k_weights)
+    return result
+
+
+def _forward(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    tiered, layer = module._moetier
+    result: torch.Tensor = tiered.forward(layer, module, hidden, index, weights)
     return result
 
 
@@ -165,12 +169,10 @@ class _ForwardOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, module: Any
+        ctx: Any, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The tiered forward, without a graph."""
-        tiered, layer = module._moetier
-        result: torch.Tensor = tiered.forward(layer, module, hidden, index, weights)
-        return result
+        return _forward(module, hidden, index, weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
