@@ -37,4 +37,5 @@ class Access:
     keys: tuple[ExpertKey, ...]  # distinct, ascending by expert
     tokens: tuple[int, ...] = ()  # tokens routed to each key, in the order of `keys`; empty if unknown
     phase: Phase = Phase.DECODE
-    sequence: int = 0  # which stream of tokens, for policies that keep per-sequence records
+    sequence: int = 0  # which stream of tokens, for policies that keep per-sequence records; 0 if several at once
+    mass: tuple[float, ...] = ()  # sum of the gate weights of each key's tokens, in the order of `keys`; may be unknown

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from moetier.residency import Residency
 from moetier.tiers import Copy, Ticket, TierConfig
 
 FORMAT = "moetier event log"
-VERSION = 1
+VERSION = 2
 
 Event = tuple[Any, ...]  # the name of a call and its arguments; tickets by number
 
@@ -132,11 +133,13 @@ def _parse_event(record: object, layers: int, experts: int) -> Event:
 
 
 def _access(value: object, layers: int, experts: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) != 6:
-        raise ValueError("an access has six fields")
-    time, layer, numbers, tokens, phase, sequence = value
-    if not isinstance(numbers, list) or not isinstance(tokens, list):
-        raise ValueError("experts and tokens are lists")
+    if not isinstance(value, list) or len(value) != 7:
+        raise ValueError("an access has seven fields")
+    time, layer, numbers, tokens, phase, sequence, mass = value
+    if not all(isinstance(items, list) for items in (numbers, tokens, mass)):
+        raise ValueError("experts, tokens and mass are lists")
+    if mass and (len(mass) != len(numbers) or not all(isinstance(item, float) and isfinite(item) for item in mass)):
+        raise ValueError("mass is one finite number for each expert, or empty")
     for number in numbers:
         _key([layer, number], layers, experts)
     if _natural(layer) >= layers:
@@ -144,7 +147,7 @@ def _access(value: object, layers: int, experts: int) -> list[Any]:
     if len(set(numbers)) != len(numbers):
         raise ValueError("an expert is given twice")
     _check(*tokens)
-    return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence)]
+    return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence), mass]
 
 
 def _plain(parse: Callable[[object], object]) -> Callable[[object, int, int], object]:
@@ -182,6 +185,7 @@ class Recorder:
         ticket = self.core.acquire(access)
         experts = [key.expert for key in access.keys]
         fields = [access.time, access.layer, experts, list(access.tokens), int(access.phase), access.sequence]
+        fields.append(list(access.mass))
         self._note(("acquire", fields, ticket.number, self.core.digest()))
         return ticket
 
@@ -249,9 +253,9 @@ def replay(log: EventLog) -> Residency:
     served = 0
     for number, (name, *arguments) in enumerate(log.events, 1):
         if name == "acquire":
-            (time, layer, experts, tokens, phase, sequence), ticket_number, digest = arguments
+            (time, layer, experts, tokens, phase, sequence, mass), ticket_number, digest = arguments
             keys = tuple(ExpertKey(layer, expert) for expert in experts)
-            access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence)
+            access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence, tuple(mass))
             tickets[ticket_number] = core.acquire(access)
             served += 1
             if core.digest() != digest:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
-from moetier.policies import AdmissionPolicy, EvictionPolicy, make_admission, make_policy
+from moetier.policies import AdmissionPolicy, Admits, EvictionPolicy, make_admission, make_policy
 
 
 class Place(NamedTuple):
@@ -133,12 +133,18 @@ class Tier:
         self.config = config
         self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, config.slots)
         self.admission: AdmissionPolicy = make_admission(config.admission)
+        self._policy_admits: Admits | None = getattr(self.policy, "admit", None)
         self.entries: dict[ExpertKey, Entry] = {}
         self.free = [Place(index, slot) for slot in range(config.slots - 1, -1, -1)]
         self.transients = 0
         self.residents = [0] * layers  # per layer, transients not counted
         self.hits, self.lates, self.misses = ([0] * layers for _ in range(3))
         self.evictions = self.write_backs = self.staged = 0
+
+    def admit(self, incoming: ExpertKey, victim: ExpertKey, access: Access) -> bool:
+        """Whether the admission policy, and the eviction policy if it has a say, let `incoming` displace `victim`."""
+        admits = self._policy_admits
+        return self.admission.admit(incoming, victim, access) and (admits is None or admits(incoming, victim, access))
 
     def insert(self, entry: Entry, access: Access) -> None:
         """Enter a record that was given a slot."""
@@ -239,7 +245,7 @@ class Room:
             self.spare -= 1
             return FREE
         tier, staging, victims = self.tier, self.tier.config.staging, self.victims
-        if victims and (not staging or tier.admission.admit(key, victims[-1].key, self.access)):
+        if victims and (not staging or tier.admit(key, victims[-1].key, self.access)):
             return victims.pop()
         if tier.free:  # kept free for staging: nothing is spare
             return STAGING

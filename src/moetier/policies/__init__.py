@@ -7,8 +7,10 @@ not go (leased, pinned, loading, protected by the per-layer floor).
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import ConfigError
@@ -19,13 +21,30 @@ from moetier.policies.lfu import LFU
 from moetier.policies.lru import LRU
 from moetier.policies.slru import SLRU
 
-__all__ = ["ADMISSIONS", "POLICIES", "AdmissionPolicy", "EvictionPolicy", "make_admission", "make_policy"]
+__all__ = [
+    "ADMISSIONS",
+    "POLICIES",
+    "AdmissionPolicy",
+    "Admits",
+    "EvictionPolicy",
+    "find_policy",
+    "make_admission",
+    "make_policy",
+    "parse_policy",
+]
 
 
 class EvictionPolicy(Protocol):
     """What the core asks of a policy. One instance serves one tier.
 
-    Constructed as `Policy(layers, experts, slots)`: MoE layers, experts per layer, slots of the tier.
+    Constructed as `Policy(layers, experts, slots, **parameters)`: MoE layers, experts per layer, slots of the tier.
+
+    Three more methods are found by name where a policy has them:
+
+    - `admit(incoming, victim, access) -> bool`: admission control (bypass). Asked, in ascending order of the missing
+      keys, when a tier with staging slots has no free slot; False sends the record through a staging slot;
+    - `foresee(accesses)`: an offline policy is shown the whole future before the first access;
+    - `fit(accesses)`: a fitted policy learns from a trace that is disjoint from the one it will serve.
     """
 
     def on_access(self, access: Access) -> None:
@@ -44,7 +63,8 @@ class EvictionPolicy(Protocol):
         """Residents, best victim first. Pure; it is not read on after the policy has been told of a change."""
 
 
-PolicyFactory = Callable[[int, int, int], EvictionPolicy]
+Admits = Callable[[ExpertKey, ExpertKey, Access], bool]
+PolicyFactory = Callable[..., EvictionPolicy]
 
 POLICIES: dict[str, PolicyFactory] = {
     "horizon": Horizon,
@@ -55,11 +75,24 @@ POLICIES: dict[str, PolicyFactory] = {
 }
 
 
-def make_policy(name: str, layers: int, experts: int, slots: int) -> EvictionPolicy:
+def make_policy(text: str, layers: int, experts: int, slots: int) -> EvictionPolicy:
     """Build a policy by registry name, or a third party's by `"package.module:Class"`.
 
-    Raises `ConfigError` for a name that is neither.
+    Parameters of a policy follow in parentheses: `"slru(protected=0.5)"`. Raises `ConfigError` for a name that is
+    neither, and for parameters that the policy does not have.
     """
+    name, parameters = parse_policy(text)
+    factory = find_policy(name)
+    known = list(inspect.signature(factory).parameters)[3:]
+    for parameter in parameters:
+        if parameter not in known:
+            has = f"its parameters are: {', '.join(known)}" if known else "it has no parameters"
+            raise ConfigError(f"policy {name!r} has no parameter {parameter!r}; {has}")
+    return factory(layers, experts, slots, **parameters)
+
+
+def find_policy(name: str) -> PolicyFactory:
+    """The class behind a name without parameters. Raises `ConfigError` for an unknown one."""
     factory = POLICIES.get(name)
     if factory is None and ":" in name:
         module, _, attribute = name.partition(":")
@@ -70,7 +103,32 @@ def make_policy(name: str, layers: int, experts: int, slots: int) -> EvictionPol
     if factory is None:
         known = ", ".join(sorted(POLICIES))
         raise ConfigError(f'unknown policy {name!r}; choose one of: {known}, or give "package.module:Class"')
-    return factory(layers, experts, slots)
+    return factory
+
+
+def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
+    """`name(key=value, ...)` as a name and its parameters; numbers, true and false are read as such."""
+    match = re.fullmatch(r"\s*([^()]+?)\s*(?:\((.*)\))?\s*", text)
+    if match is None:
+        raise ConfigError(f"policy {text!r} is not a name, nor a name with parameters such as slru(protected=0.5)")
+    parameters: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in (match[2] or "").split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (equals and key and value):
+            raise ConfigError(f"policy {text!r}: {item!r} is not a parameter; write key=value")
+        parameters[key] = _value(value)
+    return match[1], parameters
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def make_admission(name: str) -> AdmissionPolicy:
