@@ -1,16 +1,21 @@
 """Predictors, by name: which experts will be wanted soon. A new predictor is one new file and one line in `PREDICTORS`.
 
-A predictor only estimates; whether a prefetch is worth its bytes is decided by `moetier.prefetch`.
+A predictor only estimates; whether a prefetch is worth its bytes is decided by `moetier.prefetch`. `docs/predictors.md`
+says what each one is worth, measured.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 from moetier.access import Access, ExpertKey
+from moetier.errors import ConfigError
+from moetier.policies import parse_policy
 
-__all__ = ["PREDICTORS", "Prediction", "Predictor"]
+__all__ = ["PREDICTORS", "Prediction", "Predictor", "make_predictor"]
 
 
 class Prediction(NamedTuple):
@@ -28,7 +33,39 @@ class Predictor(Protocol):
         """An access was served; `hidden` is the hidden state that its router saw, [tokens, width], where known."""
 
     def predict(self, access: Access, distance: int = 1) -> Iterable[Prediction]:
-        """After `access`: the experts of the layer `distance` accesses ahead (layers come in a cycle), likeliest first."""
+        """After `access`: experts of the layer `distance` accesses ahead (layers come in a cycle), likeliest first."""
 
 
-PREDICTORS: dict[str, Callable[..., Predictor]] = {}
+PREDICTORS: dict[str, str] = {
+    "previous-token": "moetier.predictors.previous_token:PreviousToken",
+    "layer-transition": "moetier.predictors.layer_transition:LayerTransition",
+}
+
+
+def make_predictor(text: str, layers: int, experts: int, top_k: int) -> Predictor:
+    """Build a predictor by registry name, or a third party's by `"package.module:Class"`.
+
+    Parameters follow in parentheses, as for policies: `"layer-transition(half_life=500)"`. Raises `ConfigError` for a
+    name that is neither, and for parameters that the predictor does not have.
+    """
+    name, parameters = parse_policy(text)
+    factory = _find(name)
+    known = list(inspect.signature(factory).parameters)[3:]
+    for parameter in parameters:
+        if parameter not in known:
+            has = f"its parameters are: {', '.join(known)}" if known else "it has no parameters"
+            raise ConfigError(f"predictor {name!r} has no parameter {parameter!r}; {has}")
+    return factory(layers, experts, top_k, **parameters)
+
+
+def _find(name: str) -> Callable[..., Predictor]:
+    place = PREDICTORS.get(name, name)
+    module, colon, attribute = place.partition(":")
+    if not colon:
+        known = ", ".join(sorted(PREDICTORS))
+        raise ConfigError(f'unknown predictor {name!r}; choose one of: {known}, or give "package.module:Class"')
+    try:
+        factory: Callable[..., Predictor] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"predictor {name!r} cannot be imported: {error}") from error
+    return factory

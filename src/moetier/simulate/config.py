@@ -11,7 +11,7 @@ Semantics = Literal["atomic", "sequential"]
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A path between tiers: bandwidth in GB/s (10**9 bytes per second), latency per copy in seconds, copies at a time."""
+    """A path between tiers: bandwidth in GB/s (10**9 bytes a second), seconds of latency a copy, copies at a time."""
 
     gbps: float
     latency: float = 0.0
@@ -77,7 +77,7 @@ def config_from_dict(values: dict[str, Any]) -> SimulationConfig:
 
 @dataclass(slots=True)
 class Result:
-    """What one simulated run did. Lists are per layer unless said otherwise; counts are of distinct needs (see `needs`).
+    """What one simulated run did. Lists are per layer unless said otherwise; counts are of needs.
 
     A *need* is one expert of one access, however many tokens want it: the denominator of every rate here.
     """

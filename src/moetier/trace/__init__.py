@@ -38,7 +38,7 @@ class Trace:
     """Routing of T tokens through L layers with up to K experts each, in the order the model saw them.
 
     `experts` is [T, L, K] int16 in order of gate weight (`NO_EXPERT` fills up), `weights` [T, L, K] float32 or None.
-    `sequence`, `step` and `phase` are [T]: which text a token belongs to, which forward pass it was part of (tokens of a
+    `sequence`, `step` and `phase` are [T]: which text a token belongs to, which forward pass it was part of (those of a
     prefill, or of concurrent sequences, share one), and the `Phase` of that pass. Steps do not decrease.
     """
 
