@@ -45,15 +45,19 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 OPTIONS = {
     "run": (
         "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help --host-memory --io "
-        "--max-new-tokens --no-chat --policy --quiet --readers --repetition-penalty --revision --seed --slots "
-        "--stats-json --system --temperature --threads --top-k --top-p --trust-remote-code --verbose -h -q "
+        "--max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers --repetition-penalty --revision "
+        "--save-profile --seed --slots --stats-json --system --temperature --threads --top-k --top-p "
+        "--trust-remote-code --verbose -h -q "
         "MODEL [PROMPT]"
     ),
     "plan": (
         "--context --device --device-memory --help --host-memory --json --readers --revision --slots "
         "--trust-remote-code --verbose -h MODEL"
     ),
-    "demo": "--help --max-new-tokens --policy --seed --slots --stats-json --temperature --threads -h [PROMPT]",
+    "demo": (
+        "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
+        "--temperature --threads -h [PROMPT]"
+    ),
 }
 
 

@@ -25,6 +25,8 @@ from moetier.tiers import Ticket
 
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
+    from moetier.pinning import WarmPinning
+    from moetier.profile import Profile
 
 
 class Lease:
@@ -51,6 +53,8 @@ class ExpertCache:
         self.store, self.core, self.host, self.device = store, core, host, device
         self._condition = threading.Condition()  # re-entrant: the mover may end a copy at once
         self.mover = ThreadMover(store, host, device, self._condition, readers)
+        self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
+        self.profile: Profile | None = None  # counts every access
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._closed = False
@@ -76,7 +80,7 @@ class ExpertCache:
         """
         clock = time.perf_counter
         begin = clock()
-        ticket = self._open(access)
+        ticket, hits = self._open(access)
         held: list[Lease] = []
         try:
             while True:
@@ -109,8 +113,9 @@ class ExpertCache:
                     self.core.abort(ticket)
                     self._start_orders()
                     self._condition.notify_all()
+                self._count(ticket.access, hits)
 
-    def _open(self, access: Access) -> Ticket:
+    def _open(self, access: Access) -> tuple[Ticket, int]:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
@@ -120,9 +125,10 @@ class ExpertCache:
                 access = replace(access, time=self._time + 1)
             self._time = access.time
             ticket = self.core.acquire(access)
+            hits = len(ticket.ready)
             self._owners[ticket.number] = threading.get_ident()
             self._start_orders()
-            return ticket
+            return ticket, hits
 
     def stats(self) -> dict[str, Any]:
         """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
@@ -137,6 +143,8 @@ class ExpertCache:
             "compute": self.compute_seconds,
             "decide": self.decide_seconds,
         }
+        if self.pinning is not None:
+            counters["pinning"] = self.pinning.report()
         return counters
 
     def close(self) -> None:
@@ -165,6 +173,13 @@ class ExpertCache:
         if self.core.promoted:
             self.mover.promote(self.core.promoted)
             self.core.promoted.clear()
+
+    def _count(self, access: Access, hits: int) -> None:
+        if self.profile is not None:
+            self.profile.add(access)
+        if self.pinning is not None:
+            self.pinning.observe(access, hits)
+            self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
     def _release(self, ticket: Ticket, key: ExpertKey) -> None:
         if self.device is not None:

@@ -29,8 +29,10 @@ from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
+from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import make_admission, make_policy
+from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
 from moetier.saving import save_streaming
@@ -48,6 +50,8 @@ class Options:
 
     `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
     names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
+    `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
+    `record_profile` counts uses for `model.moetier.profile()`.
     """
 
     device_memory: str | int | None = None
@@ -59,6 +63,9 @@ class Options:
     readers: int = 4
     io: IOMode = "auto"
     record_events: bool = False
+    pin_after: int | None = None
+    profile: str | None = None
+    record_profile: bool = False
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
@@ -74,6 +81,10 @@ class Options:
             raise ConfigError(f"readers: at least 1 thread is needed, got {self.readers}")
         if self.context < 1:
             raise ConfigError(f"context: at least 1 token is needed, got {self.context}")
+        if self.pin_after is not None and self.pin_after < 1:
+            raise ConfigError(f"pin_after: at least 1 access is needed, got {self.pin_after}")
+        if self.profile is not None:
+            Profile.load(self.profile)
 
 
 @register_quantization_config(NAME)
@@ -139,6 +150,12 @@ class TieredExperts:
         if self._recorder is None:
             raise ConfigError("events were not recorded; load the model with record_events=True")
         return self._recorder.log
+
+    def profile(self) -> Profile:
+        """How often each expert was used so far; needs the option `record_profile=True`."""
+        if self.cache.profile is None:
+            raise ConfigError("no profile was recorded; load the model with record_profile=True")
+        return self.cache.profile
 
     def close(self) -> None:
         """Stop the reader threads and close the files. The model cannot run afterwards."""
@@ -314,12 +331,32 @@ def attach_cache(
     except BaseException:
         store.close()
         raise
+    try:
+        watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
+    except BaseException:
+        cache.close()
+        raise
     tiered = TieredExperts(cache, plan, maps, recorder)
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     save_streaming(model, shards, maps)
+
+
+def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
+    """Pin experts and count their uses as the options say. Raises `ConfigError` for a profile of another model."""
+    pins = options.pin_after is not None or options.profile is not None
+    if not (pins or options.record_profile):
+        return
+    layers, experts, fingerprint = cache.store.layers, cache.store.experts, shards.fingerprint()
+    if pins:
+        known = None if options.profile is None else load_profile(options.profile, layers, experts, fingerprint)
+        cache.pinning = WarmPinning(
+            cache.core, layers, experts, plan.slots, plan.workload.top_k, options.pin_after, known
+        )
+    if options.record_profile:
+        cache.profile = Profile(layers, experts, model=name, fingerprint=fingerprint, source="a live run")
 
 
 def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.device, top_k: int, kv: int) -> Plan:

@@ -153,13 +153,13 @@ class Profile:
                 raise ValueError(f"{name} are not counts")
         if not np.isfinite(mass).all() or not (uses.size and accesses.size and mass.size):
             raise ValueError("counts are missing")
-        about = {name: str(record[name]) for name in ("model", "fingerprint", "source")}
-        texts = [str(text) for text in record["texts"]]
-        shape = record["layers"], record["experts"]
         return cls(
-            *shape,
-            **about,
-            texts=texts,
+            record["layers"],
+            record["experts"],
+            model=str(record["model"]),
+            fingerprint=str(record["fingerprint"]),
+            source=str(record["source"]),
+            texts=[str(text) for text in record["texts"]],
             tokens=record["tokens"],
             uses=uses.astype(np.int64),
             mass=mass,

@@ -31,21 +31,26 @@ def demo(
     ] = None,
     slots: o.Slots = "25%",
     policy: o.Policy = "horizon",
+    pin_after: o.PinAfter = None,
+    profile: o.UseProfile = None,
     threads: o.Threads = None,
     max_new_tokens: o.MaxNewTokens = 80,
     temperature: o.Temperature = 0.7,
     seed: o.Seed = 0,
     stats_json: o.StatsJson = None,
+    save_profile: o.SaveProfile = None,
 ) -> None:
     """Run the embedded model with most of its experts left on disk. Nothing is downloaded."""
     check_finite(temperature=temperature)
     check_writable(stats_json)
+    check_writable(save_profile, "--save-profile")
     prompts = PROMPTS if prompt is None else (("your prompt", prompt, 1.15),)
     console = Console(stderr=True, highlight=False)
     import_libraries(console, False, threads)
     import torch
 
     options: dict[str, Any] = {"slots": slots, "policy": policy, "context": 512, "device": "cpu"}
+    options |= {"pin_after": pin_after, "profile": profile, "record_profile": save_profile is not None}
     with as_file(files("moetier") / "demo_model") as path:
         folder = find(str(path), None, console)
         tokenizer = load_tokenizer(folder)
@@ -74,6 +79,8 @@ def demo(
                 generations.append(generation)
             seconds = sum(generation.seconds for generation in generations)
             result = report(model, "demo", speed(generations), load_seconds, seconds)
+            if save_profile is not None:
+                model.moetier.profile().save(save_profile)
     console.print()
     show(result, console)
     if stats_json is not None:

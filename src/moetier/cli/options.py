@@ -61,6 +61,24 @@ IO = Annotated[
         rich_help_panel=_TIERS,
     ),
 ]
+PinAfter = Annotated[
+    int | None,
+    typer.Option(
+        help="Pin the experts used most after this many accesses (one per layer and step).",
+        metavar="N",
+        min=1,
+        rich_help_panel=_TIERS,
+    ),
+]
+UseProfile = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        help="Pin the experts that this saved profile says are used most.",
+        metavar="FILE",
+        rich_help_panel=_TIERS,
+    ),
+]
 
 Device = Annotated[
     str | None,
@@ -138,6 +156,10 @@ StatsJson = Annotated[
     typer.Option(
         "--stats-json", metavar="FILE", help="Write all counters and timers to this file.", rich_help_panel=_OUTPUT
     ),
+]
+SaveProfile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write how often each expert was used to this file.", rich_help_panel=_OUTPUT),
 ]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Only the text: no progress, no table.", rich_help_panel=_OUTPUT)

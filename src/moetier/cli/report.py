@@ -14,6 +14,7 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     links              per link: bytes, copies, busy_seconds (summed over its threads), bytes_per_busy_second
     seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
                        experts' math), decide (residency core and queues)
+    pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
 """
@@ -87,6 +88,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"of {plan['experts']} experts, {format_size(planned['bytes'])}; policy {tier['policy']}, "
             f"{tier['evictions']} evictions",
         )
+    if "pinning" in result:
+        table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
         rate = f"{link['copies']} experts, {link['bytes_per_busy_second'] / 1e9:.2f} GB/s per busy thread"
         table.add_row(name, format_size(link["bytes"]), rate)
@@ -101,8 +104,26 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def check_writable(path: str | None) -> None:
-    """Refuse a statistics file that could not be written, before minutes are spent on what it should hold."""
+def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:
+    """What pinning did: the pins, and the hit rates before, with, without (the guard's estimate) and after them."""
+
+    def percent(name: str) -> str:
+        rate = pinning["hit_rates"][name]
+        return "none" if rate is None else f"{100 * rate:.1f} %"
+
+    state = {"off": "nothing to pin: every expert fits, or there is 1 slot", "warming": "not yet"}.get(pinning["state"])
+    if state is not None:
+        return "pinned", "0 experts", state
+    text = f"hit rate {percent('before')} before, {percent('pinned')} with pins"
+    if pinning["guarded"]:
+        text += f", where it would be {percent('without')} without"
+    if pinning["state"] == "dropped":
+        text += f"; dropped after {pinning['dropped_after']} accesses, {percent('dropped')} since"
+    return "pinned", f"{len(pinning['pinned'])} experts", text
+
+
+def check_writable(path: str | None, flag: str = "--stats-json") -> None:
+    """Refuse a file that could not be written, before minutes are spent on what it should hold."""
     if path is None:
         return
     try:
@@ -117,9 +138,7 @@ def check_writable(path: str | None) -> None:
         draft.unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"--stats-json {path}: cannot be written ({reason}); give a file in a writable folder"
-        ) from None
+        raise ConfigError(f"{flag} {path}: cannot be written ({reason}); give a file in a writable folder") from None
 
 
 def write_stats(path: str, result: dict[str, Any]) -> None:

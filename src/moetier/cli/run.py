@@ -32,6 +32,8 @@ def run(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     io: o.IO = "auto",
+    pin_after: o.PinAfter = None,
+    profile: o.UseProfile = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -47,6 +49,7 @@ def run(
     system: o.System = None,
     chat: o.Chat = None,
     stats_json: o.StatsJson = None,
+    save_profile: o.SaveProfile = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
@@ -60,6 +63,7 @@ def run(
         raise ConfigError("--system and --no-chat contradict each other: a system message needs the chat template")
     sampling = sampling_options(do_sample, temperature, top_p, top_k, repetition_penalty)
     check_writable(stats_json)
+    check_writable(save_profile, "--save-profile")
     text = read_prompt(prompt)
     console = Console(stderr=True, quiet=quiet)
     import_libraries(console, verbose, threads)
@@ -68,7 +72,19 @@ def run(
 
     from moetier.hf import Options
 
-    tiering = Options(device_memory, host_memory, slots, policy, admission, context, readers, io)  # type: ignore[arg-type]
+    tiering = Options(
+        device_memory,
+        host_memory,
+        slots,
+        policy,
+        admission,
+        context,
+        readers,
+        io,  # type: ignore[arg-type]
+        pin_after=pin_after,
+        profile=profile,
+        record_profile=save_profile is not None,
+    )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
     if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
@@ -89,6 +105,8 @@ def run(
         generation = Generation(lm, tokenizer)
         generation.run(inputs, max_new_tokens=max_new_tokens, **sampling)
         result = report(lm, model, speed([generation]), load_seconds, generation.seconds)
+        if save_profile is not None:
+            lm.moetier.profile().save(save_profile)
     show(result, console)
     if stats_json is not None:
         write_stats(stats_json, result)

@@ -8,6 +8,7 @@ refused here; so are a name that occurs twice and sizes beyond 2**63 - 1. Nothin
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import reprlib
@@ -34,6 +35,7 @@ _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_JSON = 100_000_000  # bytes: the limit of the safetensors library for a header, used for the index too
 _MAX_SIZE = 2**63 - 1
+_SAMPLE = 4096  # bytes
 _AGAIN = "download the file again"
 _ADVICE = {
     errno.ENOENT: "it is part of the checkpoint: download it",
@@ -108,6 +110,19 @@ class Shards:
                         "from one checkpoint: keep only those that belong together"
                     )
         return cls(tuple(files), tensors)
+
+    def fingerprint(self) -> str:
+        """A short hash of this very checkpoint: every tensor's place, and a sample of each file's bytes.
+
+        Copies of a checkpoint have the same one, fine-tuned versions another. Raises `StoreError` as reads do.
+        """
+        digest = hashlib.sha256(repr(sorted(self.tensors.values(), key=lambda entry: entry.name)).encode())
+        for path in self.files:
+            with DiskFile(path, "buffered") as file:
+                sample = bytearray(min(_SAMPLE, file.size))
+                file.read_into((file.size - len(sample)) // 2, memoryview(sample))
+            digest.update(sample)
+        return digest.hexdigest()[:16]
 
 
 def _nothing_found(folder: Path, present: list[str]) -> str:
