@@ -126,6 +126,13 @@ class Trace:
         order = np.random.default_rng(seed).permutation(len(sequences))
         return self.of_sequences([sequences[index] for index in order])
 
+    def relabelled(self, seed: int) -> Trace:
+        """The same routing with the experts of every layer renumbered at random: numbers decide nothing but ties."""
+        rng = np.random.default_rng(seed)
+        names = np.stack([rng.permutation(self.num_experts) for _ in range(self.layers)]).astype(np.int16)
+        renamed = names[np.arange(self.layers)[:, None], np.maximum(self.experts, 0)]
+        return replace(self, experts=np.where(self.experts < 0, np.int16(NO_EXPERT), renamed))
+
     def split(self) -> tuple[Trace, Trace]:
         """Two disjoint halves: every other sequence. To fit on one and report on the other.
 
