@@ -49,7 +49,8 @@ class SimulationConfig:
     batch: int | None = None  # None: steps as recorded
     semantics: Semantics = "atomic"
     admission: str = "always"
-    staging: int = 0  # slots, of `slots`, for misses that are turned away
+    staging: int = 0  # slots, of `slots`, for misses that are turned away; see `Result.extra_staging`
+    floor: int = 0  # residents a layer that other layers do not displace while another victim exists
     predictor: str | None = None  # prefetch with it
     prefetch_confidence: float = 0.5
     prefetch_limit: int = 4  # prefetches per access
@@ -58,6 +59,7 @@ class SimulationConfig:
     seed: int | None = None  # order of the sequences; None: as they are
     timing: Timing | None = None
     windows: int = 100  # points of the time line
+    dirty: bool = False  # every use changes the record, as in training: what leaves tier 0 is written home
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; see `config_from_dict`."""
@@ -103,6 +105,8 @@ class Result:
     wall_seconds: float = 0.0
     pinned: list[tuple[int, int]] = field(default_factory=list)
     pinning: dict[str, Any] = field(default_factory=dict)  # hit rate before and after warming, dropped by the guard
+    extra_staging: int = 0  # slots beside `slots`, per cache, for what a policy with admission of its own turns away
+    driver: str = ""  # "instant" or "clock": which one served it; their decisions are the same
 
     @property
     def hit_rate(self) -> float:
