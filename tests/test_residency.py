@@ -63,7 +63,8 @@ class Bench:
         return sum(value) if isinstance(value, list) else value
 
     def prefetches(self) -> tuple[int, int, int]:
-        return tuple(self.core.counters()["prefetches"].values())
+        counts = self.core.counters()["prefetches"]
+        return counts["issued"], counts["useful"], counts["wasted"]
 
 
 def k(layer: int, expert: int) -> ExpertKey:
@@ -453,6 +454,7 @@ def test_a_useful_prefetch() -> None:
     ticket = bench(0, 0)
     assert list(ticket.ready) == [k(0, 0)] and bench.core.promoted == []
     assert bench.prefetches() == (1, 1, 0) and bench.counts("hits") == 1
+    assert bench.core.late_prefetches == 0
 
 
 def test_a_wasted_prefetch() -> None:
@@ -505,6 +507,7 @@ def test_a_demanded_prefetch_is_promoted_in_every_tier() -> None:
     ticket = bench(0, 0)
     assert read.id in bench.core.promoted and len(bench.core.promoted) == 2
     assert bench.counts("lates") == 1 and bench.prefetches() == (1, 1, 0)
+    assert bench.core.late_prefetches == 1
     bench.end(read)
     (upload,) = bench.core.take()
     assert upload.kind is Kind.LOAD, "the second leg goes out as a demand"

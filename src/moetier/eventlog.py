@@ -178,7 +178,7 @@ class Recorder:
         self.configs, self.layers, self.experts = core.configs, core.layers, core.experts
         self.promoted = core.promoted  # one list: the core only appends, the caller clears
         self.place, self.residents, self.counters = core.place, core.residents, core.counters
-        self.digest, self.check = core.digest, core.check
+        self.digest, self.check, self.holds = core.digest, core.check, core.holds
 
     def acquire(self, access: Access) -> Ticket:
         """See `Residency.acquire`."""

@@ -56,7 +56,7 @@ class Residency:
         self._live: dict[int, Ticket] = {}
         self._pinned: set[ExpertKey] = set()
         self.promoted: list[int] = []  # prefetches in flight that are now demanded; the mover moves them forward
-        self.prefetches = self.useful_prefetches = self.wasted_prefetches = 0
+        self.prefetches = self.useful_prefetches = self.late_prefetches = self.wasted_prefetches = 0
         self._next_copy = self._next_ticket = 0
         self._digest = 0
         self._last = Access(0, 0, ())
@@ -202,6 +202,10 @@ class Residency:
         """Keys that are ready in a tier."""
         return {key for key, entry in self._tiers[tier].entries.items() if entry.state is READY}
 
+    def holds(self, key: ExpertKey) -> bool:
+        """Whether `key` is in tier 0 or on its way there."""
+        return key in self._top.entries
+
     @property
     def busy(self) -> bool:
         """Whether a copy is ordered or in flight."""
@@ -220,7 +224,8 @@ class Residency:
         """Hits, lates and misses per tier and layer, evictions, write-backs, staged loads, prefetches."""
         prefetches = {
             "issued": self.prefetches,
-            "useful": self.useful_prefetches,
+            "useful": self.useful_prefetches,  # demanded before they were evicted
+            "late": self.late_prefetches,  # of these: still on their way
             "wasted": self.wasted_prefetches,
         }
         return {"tiers": [tier.counters() for tier in self._tiers], "prefetches": prefetches}
@@ -234,6 +239,7 @@ class Residency:
         if entry.prefetched:
             entry.prefetched = False
             self.useful_prefetches += 1
+            self.late_prefetches += entry.state is LOADING
             self._promote(entry.key)
         if entry.state is READY:
             ticket.ready.append(entry.key)
