@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from moetier.access import ExpertKey
@@ -35,18 +36,27 @@ def _linear(
 class Routing:
     """The (token, expert) pairs of an access, sorted by expert: which rows each expert computes.
 
-    `index` and `weights` are [T, K]. Reading the expert ids is the one device-to-host transfer of a layer.
+    `index` and `weights` are [T, K]. Reading the expert ids, and with `with_mass` the gate weights in the same copy, is
+    the one device-to-host transfer of a layer. `mass` is the sum of the gate weights of each expert's tokens, ascending
+    by expert; empty without `with_mass`.
     """
 
-    def __init__(self, index: torch.Tensor, weights: torch.Tensor):
+    def __init__(self, index: torch.Tensor, weights: torch.Tensor, with_mass: bool = False):
         self.top_k = index.size(-1)
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
         self.rows: dict[int, tuple[int, int]] = {}  # expert -> its range of sorted rows
-        experts = sorted_experts.cpu().numpy()
+        self.mass: tuple[float, ...] = ()
+        gates = None
+        if with_mass:  # float64 holds both the ids and the weights exactly
+            experts, gates = torch.stack((sorted_experts.double(), self.weights.double())).cpu().numpy()
+        else:
+            experts = sorted_experts.cpu().numpy()
         if len(experts):
             edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
             self.rows = {int(experts[begin]): (begin, end) for begin, end in pairwise(edges)}
+            if gates is not None:
+                self.mass = tuple(np.add.reduceat(gates, edges[:-1]).tolist())
 
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""

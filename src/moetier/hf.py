@@ -31,7 +31,7 @@ from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
-from moetier.policies import make_admission, make_policy
+from moetier.policies import find_policy, make_admission, make_policy, parse_policy
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
@@ -42,6 +42,8 @@ from moetier.stores.shards import Shards
 from moetier.tiers import TierConfig
 
 NAME = "moetier"
+
+Watch = Callable[[int, torch.Tensor, torch.Tensor, Phase], None]  # layer, experts [T, K], gate weights [T, K], phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,22 @@ class TieredExperts:
     Reachable as `model.moetier`.
     """
 
-    def __init__(self, cache: ExpertCache, plan: Plan, layers: list[LayerMap], recorder: Recorder | None):
+    def __init__(
+        self,
+        cache: ExpertCache,
+        plan: Plan,
+        layers: list[LayerMap],
+        recorder: Recorder | None,
+        needs_mass: bool = False,
+    ):
         self.cache, self.plan, self.layers = cache, plan, layers
+        self.watch: Watch | None = None  # told of every layer's routing, before its experts run
         self._recorder = recorder
+        self._needs_mass = needs_mass
         self._clock = 0
         self._phase = Phase.DECODE
+        self._texts = 0  # begun so far
+        self._sequence = 0
 
     def forward(
         self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
@@ -128,18 +141,26 @@ class TieredExperts:
                 f"the model computes on {hidden.device} but its experts are tiered on {arena.device}; "
                 "choose the device when loading (device_map), not afterwards"
             )
-        routing = Routing(index, weights)
+        if self.watch is not None:
+            self.watch(layer, index, weights, self._phase)
+        routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
-        access = Access(self._clock, layer, keys, tokens, self._phase)
+        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
         return forward_from_leases(module, hidden, routing, self.cache.batches(access))
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: a step of more than one token per sequence is a prefill."""
+        """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
+
+        A step with nothing in the decoding cache begins a new text (or several, if it has several rows).
+        """
         given = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1])  # any of them may be None
         tokens = next((tokens for tokens in given if isinstance(tokens, torch.Tensor)), None)
         if tokens is not None and tokens.dim() > 1:
             self._phase = Phase.PREFILL if tokens.shape[1] > 1 else Phase.DECODE
+            if begins_text(kwargs.get("past_key_values"), self._phase):
+                self._texts += 1
+            self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
@@ -160,6 +181,17 @@ class TieredExperts:
     def close(self) -> None:
         """Stop the reader threads and close the files. The model cannot run afterwards."""
         self.cache.close()
+
+
+def begins_text(past: Any, phase: Phase) -> bool:
+    """Whether a step has no tokens before it; `past` is its decoding cache.
+
+    Without a cache that counts tokens (a model may have none, or one for states only) every prefill begins a text.
+    """
+    try:
+        return int(past.get_seq_length()) == 0
+    except (AttributeError, ValueError):
+        return phase is Phase.PREFILL
 
 
 def moetier_experts_forward(
@@ -336,7 +368,8 @@ def attach_cache(
     except BaseException:
         cache.close()
         raise
-    tiered = TieredExperts(cache, plan, maps, recorder)
+    policy = find_policy(parse_policy(options.policy)[0])
+    tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False))
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
