@@ -39,7 +39,8 @@ class Trace:
 
     `experts` is [T, L, K] int16 in order of gate weight (`NO_EXPERT` fills up), `weights` [T, L, K] float32 or None.
     `sequence`, `step` and `phase` are [T]: which text a token belongs to, which forward pass it was part of (those of a
-    prefill, or of concurrent sequences, share one), and the `Phase` of that pass. Steps do not decrease.
+    prefill, or of concurrent sequences, share one), and the `Phase` of that pass. Steps do not decrease. `token_ids`,
+    [T], are the tokenizer's numbers of the tokens, where known.
     """
 
     experts: NDArray[np.int16]
@@ -49,6 +50,7 @@ class Trace:
     phase: NDArray[np.uint8]
     weights: NDArray[np.float32] | None = None
     info: TraceInfo = TraceInfo()
+    token_ids: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not belong together."""
@@ -60,6 +62,8 @@ class Trace:
                 raise ConfigError(f"trace: {name} must have one entry for each of the {tokens} tokens")
         if self.weights is not None and self.weights.shape != self.experts.shape:
             raise ConfigError("trace: weights must have the shape of experts")
+        if self.token_ids is not None and self.token_ids.shape != (tokens,):
+            raise ConfigError(f"trace: token_ids must have one entry for each of the {tokens} tokens")
         if tokens and not NO_EXPERT <= int(self.experts.min()) <= int(self.experts.max()) < self.num_experts:
             raise ConfigError(f"trace: an expert number is not below num_experts = {self.num_experts}")
         if tokens and (np.diff(self.step) < 0).any():
@@ -97,6 +101,7 @@ class Trace:
             step=self.step[tokens],
             phase=self.phase[tokens],
             weights=weights,
+            token_ids=None if self.token_ids is None else self.token_ids[tokens],
         )
 
     def first(self, tokens: int) -> Trace:
@@ -154,6 +159,7 @@ class Trace:
             step=np.cumsum(begins) - 1,
             phase=self.phase[order],
             weights=None if self.weights is None else self.weights[order],
+            token_ids=None if self.token_ids is None else self.token_ids[order],
         )
 
     def accesses(self, batch: int | None = None) -> list[Access]:

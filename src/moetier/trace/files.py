@@ -2,8 +2,9 @@
 
 Columns: `sequence` (int32), `step` (int64), `phase` (uint8: 0 prefill, 1 decode); per MoE layer N `experts.N`, a list
 of `top_k` experts in order of gate weight (uint8, or int16 where -1 fills up or there are more than 256 experts); and,
-where gate weights are known, `weights.N`, a list of as many float16, or float32 if one of them needs it. The schema's
-metadata holds a JSON text under `moetier.trace`: format, version, num_experts, layers, top_k, weights, `TraceInfo`.
+where gate weights are known, `weights.N`, a list of as many float16, or float32 if one of them needs it; where the
+tokens' numbers are known, `token` (int32). The schema's metadata holds a JSON text under `moetier.trace`: format,
+version, num_experts, layers, top_k, weights, `TraceInfo`.
 
 Measured on 108,000 tokens of gpt-oss-20b (24 layers, 4 of 32 experts): 2.1 bytes per token and layer without gate
 weights, 6 with; a single list of all layers is 9 % larger and reads 8 times slower, a column per rank is 13 % larger.
@@ -44,6 +45,8 @@ def write_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
         "step": pa.array(trace.step.astype(np.int64, copy=False)),
         "phase": pa.array(trace.phase.astype(np.uint8, copy=False)),
     }
+    if trace.token_ids is not None:
+        columns["token"] = pa.array(trace.token_ids.astype(np.int32, copy=False))
     experts = trace.experts.astype(_expert_dtype(trace))
     weights = None if trace.weights is None else _narrow(trace.weights)
     for layer in range(trace.layers):
@@ -123,6 +126,7 @@ def _from_table(table: Any, head: dict[str, Any]) -> Trace:
         phase=_array(table, "phase", "u1").astype(np.uint8),
         weights=weights,
         info=TraceInfo(**info | {"sequences": tuple(info["sequences"])}),
+        token_ids=_array(table, "token", "i4").astype(np.int32) if "token" in table.column_names else None,
     )
 
 
