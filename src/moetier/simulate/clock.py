@@ -1,18 +1,31 @@
-"""The residency core behind a virtual clock."""
+"""The residency core behind a virtual clock, and a model of the engine's one compute thread.
+
+The thread does what `ExpertCache.batches` does: it learns of arrivals only when it begins an access or waits, computes
+all experts that are ready (residents first, while the others load), one by one while some wait for a slot, then gives
+them back. Time passes only here and only in `_compute` and `_wait`; the same input gives the same output, always.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-from moetier.access import Access
-from moetier.errors import ConfigError
+from moetier.access import Access, ExpertKey
+from moetier.errors import ConfigError, MoetierError
+from moetier.pinning import WarmPinning
+from moetier.predictors import make_predictor
+from moetier.prefetch import Prefetcher
 from moetier.residency import Residency
 from moetier.simulate.config import Result, SimulationConfig
-from moetier.tiers import TierConfig
+from moetier.simulate.links import INSTANT, VirtualMover
+from moetier.tiers import Ticket, TierConfig
+
+if TYPE_CHECKING:
+    from moetier.eventlog import Recorder
 
 
 class Clock:
-    """Not there yet."""
+    """One machine with one cache, or with one for every layer; they share its links."""
 
     name = "clock"
 
@@ -24,11 +37,145 @@ class Clock:
         config: SimulationConfig,
         top_k: int,
     ):
-        raise ConfigError("timing, host_slots, predictor, warm_pinning and dirty are not simulated yet")
-        self.caches: list[Residency] = []
+        self.caches = [Residency(tiers, layers, experts) for tiers in configs]
+        self.seconds = {"total": 0.0, "compute": 0.0, "wait": 0.0}
+        self._timing, self._dirty = config.timing or INSTANT, config.dirty
+        self._timed = config.timing is not None
+        self._mover = VirtualMover(self._timing, len(configs[0]))
+        self._now = 0.0
+        self._layer = layers  # of the access before: the first one begins a step
+        self._prefetcher = self._pinning = None
+        if config.predictor is not None:
+            whole = self.caches[0] if len(self.caches) == 1 else LayerCaches(self.caches, layers, experts)
+            self._prefetcher = Prefetcher(
+                cast("Residency | Recorder", whole),
+                make_predictor(config.predictor, layers, experts, top_k),
+                config.prefetch_confidence,
+                config.prefetch_limit,
+                config.prefetch_displace,
+            )
+        if config.warm_pinning is not None:
+            if len(self.caches) > 1:
+                raise ConfigError("warm pinning chooses among all layers: use scope global")
+            slots = configs[0][0].slots
+            self._pinning = WarmPinning(self.caches[0], layers, experts, slots, top_k, config.warm_pinning)
 
     def run(self, accesses: Sequence[Access]) -> None:
-        """Serve."""
+        """Serve the next accesses."""
+        for access in accesses:
+            self._serve(access)
 
     def report(self, result: Result) -> None:
-        """Fill in."""
+        """Fill in what only this driver knows: bytes, seconds, prefetches, pins."""
+        self._mover.run_until(self._now)
+        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self._mover.links}
+        if self._timed:
+            busy = {link.name: link.busy_until(self._now) for link in self._mover.links}
+            result.seconds = {**self.seconds, "total": self._now, **busy}
+        if self._prefetcher is not None:
+            if self._prefetcher.error is not None:
+                error = self._prefetcher.error
+                raise ConfigError(f"predictor {result.config.predictor!r} failed: {error!r}") from error
+            counts = self._prefetcher.counters()
+            result.prefetches = {name: counts[name] for name in ("issued", "useful", "late", "wasted", "cancelled")}
+        if self._pinning is not None:
+            result.pinning = self._pinning.report()
+            result.pinned = [(key.layer, key.expert) for key in self._pinning.pinned]
+
+    # -- the compute thread --------------------------------------------------------------------------------------------
+
+    def _serve(self, access: Access) -> None:
+        timing, number = self._timing, access.layer if len(self.caches) > 1 else 0
+        cache = self.caches[number]
+        if access.layer <= self._layer:
+            self._compute(timing.step_seconds)
+        self._layer = access.layer
+        self._compute(timing.layer_seconds)
+        self._drain()
+        ticket = cache.acquire(access)
+        hits = len(ticket.ready)
+        self._start_orders(number)
+        if self._prefetcher is not None:
+            self._prefetcher.after(access)
+            for other in range(len(self.caches)):
+                self._start_orders(other)
+        while not ticket.done:
+            if not ticket.ready:
+                self._wait(ticket)
+            held = [ticket.ready.popleft() for _ in range(1 if ticket.waiting else len(ticket.ready))]
+            for key in held:
+                self._compute(self._math_seconds(access, key))
+            for key in held:
+                cache.release(ticket, key, self._dirty)
+                self._start_orders(number)
+        if self._pinning is not None:
+            self._pinning.observe(access, hits)
+            self._start_orders(number)
+
+    def _math_seconds(self, access: Access, key: ExpertKey) -> float:
+        timing = self._timing
+        if not timing.token_seconds or not access.tokens:
+            return timing.expert_seconds
+        more = access.tokens[access.keys.index(key)] - 1
+        return timing.expert_seconds + more * timing.token_seconds
+
+    def _compute(self, seconds: float) -> None:
+        self._now += seconds
+        self.seconds["compute"] += seconds
+
+    def _wait(self, ticket: Ticket) -> None:
+        """Until the ticket has a ready expert."""
+        while True:
+            self._drain()
+            if ticket.ready:
+                return
+            event = self._mover.next_event()
+            if event is None:
+                raise MoetierError(f"access {ticket.access.time} waits for copies that nobody makes")
+            self.seconds["wait"] += event - self._now
+            self._now = event
+
+    def _drain(self) -> None:
+        """Tell the caches what has ended, and let go what waited for it."""
+        mover = self._mover
+        mover.run_until(self._now)
+        told = set()
+        while mover.done:
+            number, copy_id = mover.done.popleft()
+            self.caches[number].completed(copy_id)
+            told.add(number)
+        for number in sorted(told):
+            self._start_orders(number)
+
+    def _start_orders(self, number: int) -> None:
+        cache = self.caches[number]
+        orders = cache.take()
+        if orders:
+            self._mover.start(number, orders, self._now)
+        if cache.promoted:
+            self._mover.promote(number, cache.promoted)
+            cache.promoted.clear()
+
+
+class LayerCaches:
+    """What a prefetcher asks of a core, answered by the cache of the key's layer."""
+
+    def __init__(self, caches: Sequence[Residency], layers: int, experts: int):
+        self.caches, self.layers, self.experts = caches, layers, experts
+
+    def holds(self, key: ExpertKey) -> bool:
+        """See `Residency.holds`."""
+        return self.caches[key.layer].holds(key)
+
+    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
+        """See `Residency.prefetch`."""
+        return self.caches[key.layer].prefetch(key, displace)
+
+    def cancel(self, key: ExpertKey) -> bool:
+        """See `Residency.cancel`."""
+        return self.caches[key.layer].cancel(key)
+
+    def counters(self) -> dict[str, Any]:
+        """The prefetches of all caches."""
+        counters: list[Any] = [cache.counters()["prefetches"] for cache in self.caches]
+        return {"prefetches": {name: sum(count[name] for count in counters) for name in counters[0]}}
