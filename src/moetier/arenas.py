@@ -94,8 +94,18 @@ class DeviceArena:
             done.record(self._stream)
         done.synchronize()  # this worker only; the compute stream goes on
 
+    def save(self, slot: int, target: torch.Tensor) -> None:
+        """Copy a record to (page-locked) host memory, after the kernels that last used it. Called by a worker."""
+        with torch.cuda.stream(self._stream):
+            if self._last_use[slot] is not None:
+                self._stream.wait_event(self._last_use[slot])
+            target.copy_(self.record(slot, target.numel()), non_blocking=True)
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._stream)
+        done.synchronize()
+
     def used(self, slot: int) -> None:
-        """The kernels queued so far on the compute stream read this slot."""
+        """The kernels queued so far on the compute stream use this slot."""
         event = self._last_use[slot] or torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         self._last_use[slot] = event
@@ -106,3 +116,34 @@ class DeviceArena:
         if views is None:
             views = self._views[slot][id(layout)] = layout.views(self.record(slot, layout.nbytes))
         return views
+
+
+class HostTierArena:
+    """The interface of `DeviceArena` over ordinary memory: a fast tier for machines without a GPU.
+
+    For tests and benchmarks of two tiers: there is no faster memory in it, and nothing to fence.
+    """
+
+    def __init__(self, slots: int, slot_nbytes: int):
+        self.slots, self.slot_nbytes = slots, slot_nbytes
+        self.device = torch.device("cpu")
+        self._arena = HostArena(slots, slot_nbytes)
+
+    def record(self, slot: int, nbytes: int) -> torch.Tensor:
+        """The bytes of the record in a slot, as a flat uint8 tensor."""
+        return self._arena.record(slot, 0, nbytes)
+
+    def fill(self, slot: int, source: torch.Tensor) -> None:
+        """Copy a record in. Called by a worker."""
+        self.record(slot, source.numel()).copy_(source)
+
+    def save(self, slot: int, target: torch.Tensor) -> None:
+        """Copy a record out. Called by a worker."""
+        target.copy_(self.record(slot, target.numel()))
+
+    def used(self, slot: int) -> None:
+        """Nothing runs behind the caller's back here."""
+
+    def views(self, slot: int, layout: RecordLayout) -> dict[str, torch.Tensor]:
+        """The record's fields; made once per slot and layout."""
+        return self._arena.views(slot, layout, 0)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetier.access import Access, ExpertKey
-from moetier.arenas import DeviceArena, HostArena
+from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import CapacityError, MoetierError
 from moetier.mover import ThreadMover
 from moetier.residency import Residency
@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
 
 class Lease:
-    """An expert that is in tier 0 and stays there until the stream moves on. `fields` are views, not copies."""
+    """An expert that is in tier 0 and stays there until the stream moves on. `fields` are views, not copies.
 
-    __slots__ = ("fields", "key")
+    Who changes them sets `dirty`: the record is then written home before it loses its slot.
+    """
+
+    __slots__ = ("dirty", "fields", "key")
 
     def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor]):
         self.key = key
         self.fields = fields
+        self.dirty = False
 
 
 class ExpertCache:
@@ -47,7 +51,7 @@ class ExpertCache:
         store: ExpertStore,
         core: Residency | Recorder,
         host: HostArena,
-        device: DeviceArena | None = None,
+        device: DeviceArena | HostTierArena | None = None,
         readers: int = 4,
     ):
         self.store, self.core, self.host, self.device = store, core, host, device
@@ -86,7 +90,7 @@ class ExpertCache:
             while True:
                 with self._condition:
                     for lease in held:
-                        self._release(ticket, lease.key)
+                        self._release(ticket, lease)
                     held = []
                     if not ticket.ready:
                         self.decide_seconds += clock() - begin
@@ -106,11 +110,15 @@ class ExpertCache:
         finally:
             with self._condition:
                 self._owners.pop(ticket.number, None)
-                if self.device is not None:
-                    for lease in held:
+                for lease in held:
+                    if self.device is not None:
                         self.device.used(self.core.place(lease.key).slot)
+                    if lease.dirty:  # half done or not: what is in the slot is the newest there is
+                        self.core.release(ticket, lease.key, True)
+                stopped = bool(held) or not ticket.done
                 if not ticket.done:
                     self.core.abort(ticket)
+                if stopped:
                     self._start_orders()
                     self._condition.notify_all()
                 self._count(ticket.access, hits)
@@ -181,10 +189,10 @@ class ExpertCache:
             self.pinning.observe(access, hits)
             self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
-    def _release(self, ticket: Ticket, key: ExpertKey) -> None:
+    def _release(self, ticket: Ticket, lease: Lease) -> None:
         if self.device is not None:
-            self.device.used(self.core.place(key).slot)
-        self.core.release(ticket, key)
+            self.device.used(self.core.place(lease.key).slot)
+        self.core.release(ticket, lease.key, lease.dirty)
         self._start_orders()
         if len(self._owners) > 1:  # another stream may wait for this slot
             self._condition.notify_all()

@@ -2,6 +2,8 @@
 
 Guarantees: workers never decide and never die; a failed copy is reported like any other end, with its exception.
 Demand loads overtake prefetches. Ends are pushed to `done` under the caller's condition, so a waiter cannot miss one.
+A write-back is reported when its bytes are written, all of them or with an error; what must not start before, the core
+does not order before. Write-backs that were ordered are finished before `close` returns.
 """
 
 from __future__ import annotations
@@ -10,63 +12,93 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from moetier.access import ExpertKey
-from moetier.arenas import DeviceArena, HostArena
+from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
-from moetier.stores import ExpertStore
+from moetier.stores import ExpertStore, WritableStore
 from moetier.tiers import Copy, Kind
 
 
 class Flight:
-    """A copy under way: the parts not yet picked up, those not yet finished, and the first error."""
+    """A copy under way: the parts not yet picked up, those not yet finished, and the first error.
 
-    __slots__ = ("copy", "error", "next_part", "parts", "unfinished")
+    A write-back from a device goes over two links one after the other; `slot` is its slot in the bounce arena between.
+    """
+
+    __slots__ = ("copy", "error", "next_part", "parts", "slot", "unfinished")
 
     def __init__(self, copy: Copy, parts: int):
         self.copy = copy
-        self.parts = parts
-        self.next_part = 0
-        self.unfinished = parts
         self.error: BaseException | None = None
+        self.slot = -1
+        self.begin(parts)
+
+    def begin(self, parts: int) -> None:
+        """Start over a link, in so many parts."""
+        self.parts = self.unfinished = parts
+        self.next_part = 0
+
+
+Work = Callable[[Flight, int], int]  # one part of a copy; its bytes
 
 
 class Link:
-    """A path between two neighbouring tiers: its queues, its threads, and what it moved."""
+    """A path between two neighbouring tiers: its queues, its threads, and what it moved.
 
-    def __init__(self, name: str, threads: int):
-        self.name = name
-        self.threads = threads
+    `latencies`, if it is a list, gets the seconds of every operation (one part of a copy).
+    """
+
+    def __init__(self, name: str, threads: int, work: Work, drains: bool = False):
+        self.name, self.threads, self.work, self.drains = name, threads, work, drains
+        self.workers: list[threading.Thread] = []
         self.condition = threading.Condition()
         self.demand: deque[Flight] = deque()
         self.prefetch: deque[Flight] = deque()
         self.nbytes = 0
         self.busy_seconds = 0.0  # summed over threads
         self.copies = 0
+        self.operations = 0
+        self.latencies: list[float] | None = None
 
 
 class ThreadMover:
-    """Moves records home → host with a pool of readers, and host → device with one copier."""
+    """Moves records home → host with a pool of readers and host → device with one copier, and changed ones home again.
+
+    The way home has links only where the store can be written; from a device it leads through a few bounce slots in
+    host memory.
+    """
 
     def __init__(
         self,
         store: ExpertStore,
         host: HostArena,
-        device: DeviceArena | None,
+        device: DeviceArena | HostTierArena | None,
         done: threading.Condition,
         readers: int = 4,
+        writers: int = 2,
     ):
         self._store, self._host, self._device = store, host, device
         self._done_condition = done
         self.done: deque[Flight] = deque()  # ended copies; read it holding `done`
-        self._disk = Link("disk→host", readers)
-        self._h2d = Link("host→device", 1)
+        self._disk = Link("disk→host", readers, self._read)
+        self._h2d = Link("host→device", 1, self._copy_to_device)
+        self._d2h = Link("device→host", 1, self._copy_from_device, drains=True)
+        self._write = Link("host→disk", writers, self._write_home, drains=True)
         self.links = [self._disk] if device is None else [self._disk, self._h2d]
+        self._writable = store if isinstance(store, WritableStore) else None
+        self._bounce: HostArena | None = None
+        self._bounce_free: list[int] = []
+        self._bounce_condition = threading.Condition()
+        if self._writable is not None:
+            self.links += [self._write] if device is None else [self._d2h, self._write]
+            if device is not None:
+                self._bounce = HostArena(writers + 1, store.slot_nbytes, host.page_locked)
+                self._bounce_free = list(range(writers + 1))
         self._home = 1 if device is None else 2
         self._threads: list[threading.Thread] = []
         self._pid: int | None = None
-        self._closed = False
+        self._closed: set[Link] = set()
 
     def start(self, orders: Iterable[Copy]) -> None:
         """Queue orders. Threads start with the first one."""
@@ -74,18 +106,27 @@ class ThreadMover:
             self._launch()
         for copy in orders:
             if copy.kind is Kind.WRITE_BACK:
-                flight = Flight(copy, 0)
-                flight.error = StoreError(
-                    f"{copy.key}: this store is read-only, a changed expert cannot be written back"
-                )
-                self._finish(flight)
+                self._start_write_back(copy)
                 continue
             from_home = copy.source.tier == self._home
             link = self._disk if from_home else self._h2d
             flight = Flight(copy, self._store.segments(copy.key) if from_home else 1)
-            with link.condition:
-                (link.prefetch if copy.kind is Kind.PREFETCH else link.demand).append(flight)
-                link.condition.notify(min(flight.parts, link.threads))
+            self._queue(link, flight, copy.kind is Kind.PREFETCH)
+
+    def _start_write_back(self, copy: Copy) -> None:
+        if self._writable is None:
+            flight = Flight(copy, 0)
+            flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
+            self._finish(flight)
+        elif self._device is not None:
+            self._queue(self._d2h, Flight(copy, 1))
+        else:
+            self._queue(self._write, Flight(copy, self._store.segments(copy.key)))
+
+    def _queue(self, link: Link, flight: Flight, prefetch: bool = False) -> None:
+        with link.condition:
+            (link.prefetch if prefetch else link.demand).append(flight)
+            link.condition.notify(min(flight.parts, link.threads))
 
     def promote(self, copy_ids: Iterable[int]) -> None:
         """Treat queued prefetches as demand loads from now on."""
@@ -97,15 +138,17 @@ class ThreadMover:
                     link.demand.append(flight)
 
     def close(self) -> None:
-        """Stop the threads after the copies they are in."""
-        self._closed = True
+        """Stop the threads: loads after the copies they are in, write-backs when all that were ordered are done."""
         for link in self.links:
             with link.condition:
+                self._closed.add(link)
                 link.condition.notify_all()
-        if self._pid == os.getpid():
-            for thread in self._threads:
-                thread.join()
+            if self._pid == os.getpid():  # a link feeds the one after it, so they end in order
+                for thread in link.workers:
+                    thread.join()
         self._threads.clear()
+        if self._bounce is not None:
+            self._bounce.close()
 
     def _launch(self) -> None:
         if self._pid is not None:
@@ -116,20 +159,19 @@ class ThreadMover:
             raise MoetierError("the expert cache is closed")
         self._pid = os.getpid()
         for link in self.links:
-            work = self._read if link is self._disk else self._copy_to_device
             for number in range(link.threads):
-                thread = threading.Thread(
-                    target=self._run, args=(link, work), name=f"moetier {link.name} {number}", daemon=True
-                )
+                name = f"moetier {link.name} {number}"
+                thread = threading.Thread(target=self._run, args=(link,), name=name, daemon=True)
                 thread.start()
+                link.workers.append(thread)
                 self._threads.append(thread)
 
-    def _run(self, link: Link, work: object) -> None:
+    def _run(self, link: Link) -> None:
         while True:
             with link.condition:
-                while not (link.demand or link.prefetch or self._closed):
+                while not (link.demand or link.prefetch or link in self._closed):
                     link.condition.wait()
-                if self._closed:
+                if link in self._closed and not (link.drains and link.demand):
                     return
                 queue = link.demand or link.prefetch
                 flight = queue[0]
@@ -140,34 +182,65 @@ class ThreadMover:
             begin = time.perf_counter()
             nbytes = 0
             try:
-                if flight.error is None:  # after a failed part the rest is not worth reading
-                    nbytes = work(flight.copy, part)  # type: ignore[operator]
+                if flight.error is None:  # after a failed part the rest is not worth moving
+                    nbytes = link.work(flight, part)
             except BaseException as error:
                 flight.error = error
             elapsed = time.perf_counter() - begin
             with link.condition:
                 link.nbytes += nbytes
                 link.busy_seconds += elapsed
+                link.operations += 1
+                if link.latencies is not None:
+                    link.latencies.append(elapsed)
                 flight.unfinished -= 1
                 ended = flight.unfinished == 0
                 link.copies += ended
-            if ended:
+            if ended and link is self._d2h and flight.error is None:
+                flight.begin(self._store.segments(flight.copy.key))
+                self._queue(self._write, flight)
+            elif ended:
                 self._finish(flight)
 
     def _finish(self, flight: Flight) -> None:
+        if flight.slot >= 0:
+            with self._bounce_condition:
+                self._bounce_free.append(flight.slot)
+                self._bounce_condition.notify()
         with self._done_condition:
             self.done.append(flight)
             self._done_condition.notify_all()
 
-    def _read(self, copy: Copy, part: int) -> int:
-        key: ExpertKey = copy.key
+    # -- work: one part of a copy --------------------------------------------------------------------------------------
+
+    def _read(self, flight: Flight, part: int) -> int:
+        copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
         into = self._host.memory(copy.target.slot, self._store.phase(key), nbytes)
         return self._store.read(key, part, into)
 
-    def _copy_to_device(self, copy: Copy, part: int) -> int:
+    def _copy_to_device(self, flight: Flight, part: int) -> int:
         assert self._device is not None
-        key: ExpertKey = copy.key
+        copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
         self._device.fill(copy.target.slot, self._host.record(copy.source.slot, self._store.phase(key), nbytes))
         return nbytes
+
+    def _copy_from_device(self, flight: Flight, part: int) -> int:
+        assert self._device is not None and self._bounce is not None
+        copy, key = flight.copy, flight.copy.key
+        with self._bounce_condition:
+            while not self._bounce_free:
+                self._bounce_condition.wait()
+            flight.slot = self._bounce_free.pop()
+        nbytes = self._store.layout(key.layer).nbytes
+        self._device.save(copy.source.slot, self._bounce.record(flight.slot, self._store.phase(key), nbytes))
+        return nbytes
+
+    def _write_home(self, flight: Flight, part: int) -> int:
+        assert self._writable is not None
+        key = flight.copy.key
+        arena, slot = (self._host, flight.copy.source.slot) if flight.slot < 0 else (self._bounce, flight.slot)
+        assert arena is not None
+        nbytes = self._store.layout(key.layer).nbytes
+        return self._writable.write(key, part, arena.memory(slot, self._store.phase(key), nbytes))

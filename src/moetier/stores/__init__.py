@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from moetier.access import ExpertKey
 from moetier.record import RecordLayout
@@ -40,3 +40,14 @@ class ExpertStore(Protocol):
 
     def close(self) -> None:
         """Release files; reads afterwards are errors."""
+
+
+@runtime_checkable
+class WritableStore(Protocol):
+    """What a store has beyond `ExpertStore` when changed records may be written home. A checkpoint never has it."""
+
+    def write(self, key: ExpertKey, segment: int, data: memoryview) -> int:
+        """Write one part, from its place in `data` (the whole record); returns the bytes written.
+
+        A read that begins after all parts were written gives the new bytes. Raises `StoreError` naming the file.
+        """
