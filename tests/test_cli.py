@@ -351,7 +351,7 @@ def test_a_plan_for_a_gpu_elsewhere(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        ("--policy belady", 2, "unknown policy 'belady'; choose one of: horizon, lfru, lfu, lru, slru"),
+        ("--policy mru", 2, "unknown policy 'mru'; choose one of: activation-matrix, belady, belady-forced, dali,"),
         ("--policy no.such:Thing", 2, "policy 'no.such:Thing' cannot be imported"),
         ("--admission never", 2, "unknown admission policy 'never'; choose one of: "),
         ("--host-memory some", 2, "--host-memory: 'some' is not a size"),

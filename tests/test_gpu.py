@@ -10,6 +10,7 @@ import transformers
 
 import families
 import moetier
+from prepared import ONLINE
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[families.Fam
     return family, tmp_path / "model"
 
 
-@pytest.mark.parametrize("policy", sorted(moetier.POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_tiered_on_the_gpu_is_close_to_in_memory(folder: tuple[families.Family, Path], policy: str) -> None:
     family, path = folder
     model_class = getattr(transformers, family.model)

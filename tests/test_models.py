@@ -12,10 +12,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, StaticCache
 
-import moetier
 from families import VOCAB
 from moetier import ConfigError, MoetierError, TieredExpertsConfig, UnsupportedModelError, eventlog
 from moetier.access import ExpertKey, Phase
+from prepared import ONLINE
 
 NAME = "qwen3_moe"  # 3 layers of 8 experts, 3 of them per token
 Get = Callable[..., Any]
@@ -243,7 +243,7 @@ def test_closing_before_the_first_use(tiered: Get) -> None:
         model(**prompt())
 
 
-@pytest.mark.parametrize("policy", sorted(moetier.POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 def test_a_recorded_run_replays(policy: str, tiered: Get, tmp_path: Path) -> None:
     model = tiered(NAME, record_events=True, policy=policy)
     generate(model)

@@ -18,9 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moetier.access import Access, ExpertKey, Phase
 from moetier.errors import CapacityError
 from moetier.eventlog import Recorder, replay
-from moetier.policies import ADMISSIONS, POLICIES
+from moetier.policies import ADMISSIONS
 from moetier.residency import Residency
 from moetier.tiers import Copy, Place, State, Ticket, TierConfig
+from prepared import ONLINE
 
 LAYERS, EXPERTS = 3, 4
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
@@ -178,7 +179,7 @@ def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
         lambda slots, staging, *rest: TierConfig(slots, rest[0], rest[1], min(staging, slots - 1), rest[2]),
         st.sampled_from([1, 2, 3, 4, 6, 16] if top else [1, 2, 3, 5, 8, 16]),
         st.sampled_from([0, 0, 1, 2, 3]),
-        st.sampled_from(sorted(POLICIES)),
+        st.sampled_from(ONLINE),
         st.sampled_from(sorted(ADMISSIONS)),
         st.sampled_from([0, 0, 1, 2]),
     )
@@ -261,7 +262,7 @@ def random_tiers(random: Random) -> list[TierConfig]:
     for _ in range(random.choice([1, 1, 2, 2, 3])):
         slots = random.choice([1, 2, 3, 4, 6, 16])
         staging = random.choice([0, 0, 1, 2])
-        policy, admission = random.choice(sorted(POLICIES)), random.choice(sorted(ADMISSIONS))
+        policy, admission = random.choice(ONLINE), random.choice(sorted(ADMISSIONS))
         tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
     return tiers
 

@@ -14,6 +14,7 @@ from moetier.cache import ExpertCache
 from moetier.record import RecordLayout
 from moetier.residency import Residency
 from moetier.tiers import TierConfig
+from prepared import ONLINE
 
 
 class PretendDevice:
@@ -39,7 +40,7 @@ class PretendDevice:
         return layout.views(self.record(slot, layout.nbytes))
 
 
-@pytest.mark.parametrize("policy", sorted(moetier.POLICIES))
+@pytest.mark.parametrize("policy", ONLINE)
 @pytest.mark.parametrize(("device_slots", "host_slots"), [(1, 1), (2, 1), (1, 4), (6, 3), (6, 12), (24, 24)])
 def test_two_tiers_equal_one(tmp_path: Path, policy: str, device_slots: int, host_slots: int) -> None:
     folder = tmp_path / "model"

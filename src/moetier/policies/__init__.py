@@ -14,12 +14,22 @@ from typing import Any, Protocol
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import ConfigError
+from moetier.policies.activation_matrix import ActivationMatrix
 from moetier.policies.admission import ADMISSIONS, AdmissionPolicy
+from moetier.policies.belady import Belady, ForcedBelady
+from moetier.policies.dali import Dali
+from moetier.policies.ebco import EBCO
+from moetier.policies.fifo import FIFO
+from moetier.policies.hobbit import Hobbit
 from moetier.policies.horizon import Horizon
+from moetier.policies.least_stale import LeastStale
 from moetier.policies.lfru import LFRU
 from moetier.policies.lfu import LFU
 from moetier.policies.lru import LRU
+from moetier.policies.mrs import MRS
 from moetier.policies.slru import SLRU
+from moetier.policies.static import Static
+from moetier.policies.watermark import Watermark
 
 __all__ = [
     "ADMISSIONS",
@@ -37,7 +47,8 @@ __all__ = [
 class EvictionPolicy(Protocol):
     """What the core asks of a policy. One instance serves one tier.
 
-    Constructed as `Policy(layers, experts, slots, **parameters)`: MoE layers, experts per layer, slots of the tier.
+    Constructed as `Policy(layers, experts, slots, **parameters)`: MoE layers, experts per layer, slots of the tier
+    without its staging slots.
 
     Three more methods are found by name where a policy has them:
 
@@ -67,11 +78,22 @@ Admits = Callable[[ExpertKey, ExpertKey, Access], bool]
 PolicyFactory = Callable[..., EvictionPolicy]
 
 POLICIES: dict[str, PolicyFactory] = {
+    "activation-matrix": ActivationMatrix,
+    "belady": Belady,
+    "belady-forced": ForcedBelady,
+    "dali": Dali,
+    "ebco": EBCO,
+    "fifo": FIFO,
+    "hobbit": Hobbit,
     "horizon": Horizon,
+    "least-stale": LeastStale,
     "lfru": LFRU,
     "lfu": LFU,
     "lru": LRU,
+    "mrs": MRS,
     "slru": SLRU,
+    "static": Static,
+    "watermark": Watermark,
 }
 
 

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetier.access import ExpertKey
+from moetier.access import Access, ExpertKey
 
 HEAD = 32  # more than an access usually evicts; the rest is sorted only if somebody asks for it
+MOST = 2**63 - 1  # no score of a policy is as high
 
 
 class ResidentIndex:
     """A tier's residents, packed side by side for vectorised scoring.
 
-    Beside each key lie its id (`layer * experts + expert`) and `columns` numbers of the policy's own, in float32: half
-    the bytes to look at, exact for counts and times up to 2**24.
+    Beside each key lie its id (`layer * experts + expert`) and numbers of the policy's own, one for each type code in
+    `columns` (of `array`: "d" for float64, "q" for int64).
     """
 
-    def __init__(self, experts: int, slots: int, columns: int = 0):
+    def __init__(self, experts: int, slots: int, columns: str = ""):
         self._experts = experts
+        slots = 2 * slots + 64  # staged records that could not be saved stay, and are ranked then
         self._ids = array("q", bytes(8 * slots))  # written item by item, where array is faster than numpy
         self._view = np.frombuffer(self._ids, dtype=np.int64)
-        self.columns = [array("f", bytes(4 * slots)) for _ in range(columns)]  # indexed by `position`
-        self._column_views = [np.frombuffer(column, dtype=np.float32) for column in self.columns]
+        self.columns: list[array[Any]] = [array(code, bytes(8 * slots)) for code in columns]  # indexed by `position`
+        self._column_views = [np.frombuffer(column, dtype=column.typecode) for column in self.columns]
         self._keys: list[ExpertKey] = []
         self.position: dict[ExpertKey, int] = {}
 
@@ -52,16 +55,41 @@ class ResidentIndex:
         """A view of the ids of all residents."""
         return self._view[: len(self._keys)]
 
-    def column(self, index: int) -> NDArray[np.float32]:
+    def column(self, index: int) -> NDArray[Any]:
         """A view of a column for all residents, aligned with `ids()`."""
         return self._column_views[index][: len(self._keys)]
 
-    def ascending(self, scores: NDArray[np.floating]) -> Iterator[ExpertKey]:
+    def ascending(self, scores: NDArray[Any]) -> Iterator[ExpertKey]:
         """Keys by ascending score (scores aligned with `ids()`; overwritten). Ties: first in packed order first."""
-        keys, taken, lowest = self._keys, np.inf, scores.argmin
+        keys, lowest = self._keys, scores.argmin
+        taken = np.inf if scores.dtype.kind == "f" else MOST
         for _ in range(min(HEAD, len(keys))):
             best = lowest()  # vectorised: a handful of these is cheaper than any partition
             scores[best] = taken
             yield keys[best]
         for index in scores.argsort(kind="stable")[: max(0, len(keys) - HEAD)].tolist():
             yield keys[index]
+
+
+class Ranked:
+    """The hooks of a policy that ranks residents by what it learns from accesses alone."""
+
+    def __init__(self, layers: int, experts: int, slots: int):
+        self._layers, self._experts = layers, experts
+        self._residents = ResidentIndex(experts, slots)
+        self._layer_of = np.arange(layers * experts) // experts  # by id
+
+    def on_insert(self, key: ExpertKey, access: Access) -> None:
+        """Start ranking the key."""
+        self._residents.add(key)
+
+    def on_hit(self, key: ExpertKey, access: Access) -> None:
+        """Nothing: `on_access` has already seen it."""
+
+    def on_remove(self, key: ExpertKey) -> None:
+        """Stop ranking the key; what was learnt stays."""
+        self._residents.remove(key)
+
+    def _layers_until(self, layer: int) -> NDArray[np.int64]:
+        """For every layer, how many layers ahead it is of `layer`, which is itself a whole pass ahead."""
+        return (np.arange(self._layers) - layer - 1) % self._layers + 1
