@@ -57,6 +57,7 @@ class SimulationConfig:
     prefetch_displace: bool = False  # over victims, not only into free slots
     warm_pinning: int | None = None  # accesses before pinning
     seed: int | None = None  # order of the sequences; None: as they are
+    relabel: bool = False  # renumber the experts by the seed: ties, which numbers decide, fall otherwise
     timing: Timing | None = None
     windows: int = 100  # points of the time line
     dirty: bool = False  # every use changes the record, as in training: what leaves tier 0 is written home

@@ -66,6 +66,9 @@ def simulate(
     """
     if config.seed is not None:
         trace = trace.shuffled(config.seed)
+    if config.relabel:
+        trace = trace.relabelled(config.seed or 0)
+        fit = None if fit is None else fit.relabelled(config.seed or 0)
     fitted = None
     if fit is not None:
         if (fit.layers, fit.num_experts) != (trace.layers, trace.num_experts):
