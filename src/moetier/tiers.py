@@ -131,7 +131,8 @@ class Tier:
         if config.floor < 0:
             raise ConfigError(f"floor must not be negative, got {config.floor}")
         self.config = config
-        self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, config.slots)
+        ranked = config.slots - config.staging  # what is staged is none of the policy's business
+        self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, ranked)
         self.admission: AdmissionPolicy = make_admission(config.admission)
         self._policy_admits: Admits | None = getattr(self.policy, "admit", None)
         self.entries: dict[ExpertKey, Entry] = {}
