@@ -9,9 +9,10 @@ JSONL: a header and then a line per token, in the order the model saw them:
     {"format": "moetier trace jsonl", "version": 1, "num_experts": 32, "model": "…", "tokenizer": "…", "sequences": […]}
     {"sequence": 0, "step": 0, "phase": "prefill", "experts": [[3, 17], [8, 0], …], "weights": [[0.6, 0.4], …]}
 
-`experts` has a list per MoE layer, in order of gate weight; `weights` is given for every token or for none. Of the
-header only format, version and num_experts are needed. `sequence` is 0, `phase` "decode" and `step` that of the line
-before plus 1 where they are left out; tokens of one forward pass share their step.
+`experts` has a list per MoE layer, in order of gate weight; `weights`, and `token`, the token's number in the
+tokenizer, are given on every line or on none. Of the header only format, version and num_experts are needed. `sequence`
+is 0, `phase` "decode" and `step` that of the line before plus 1 where they are left out; tokens of one forward pass
+share their step.
 
 libCacheSim (the cache simulator): a request per need, `obj_id` = layer * num_experts + expert, `time` = number of the
 access, size 1; csv with a header line, or oracleGeneral, 24 bytes each, which has the next use that Belady wants. It
@@ -86,16 +87,16 @@ def _made(path: PathLike, **fields: Any) -> Trace:
 
 def _load_npz(path: PathLike) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ConfigError(f"{path}: a single array; an npz file with several is needed")
-            return {name: file[name] for name in file.files}
+        with open(path, "rb") as file:  # numpy leaves a damaged one open
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except ConfigError:
-        raise
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ConfigError(f"{path}: not an npz file, or damaged: {' '.join(str(error).split())[:200]}") from error
+    if not arrays:
+        raise ConfigError(f"{path}: holds no named arrays; an npz file is needed")
+    return arrays
 
 
 def _meta(path: PathLike, value: NDArray[Any] | None) -> tuple[dict[str, Any], ...]:
@@ -153,6 +154,7 @@ def read_jsonl(path: PathLike) -> Trace:
         phase=np.array([row.phase for row in rows], dtype=np.uint8),
         weights=weights,
         info=info,
+        token_ids=None if rows[0].token is None else np.array([row.token for row in rows], dtype=np.int32),
     )
 
 
@@ -175,7 +177,7 @@ def _jsonl_head(path: PathLike, line: str) -> dict[str, Any]:
 class _Row:
     """A token's line, checked."""
 
-    __slots__ = ("experts", "phase", "sequence", "step", "weights")
+    __slots__ = ("experts", "phase", "sequence", "step", "token", "weights")
 
     def __init__(self, where: str, values: dict[str, Any], num_experts: int, before: _Row | None):
         self.sequence = values.get("sequence", 0)
@@ -184,7 +186,9 @@ class _Row:
         if name not in ("prefill", "decode"):
             raise ConfigError(f'{where}: phase must be "prefill" or "decode", got {name!r}')
         self.phase = Phase.PREFILL if name == "prefill" else Phase.DECODE
-        for key, value, most in (("sequence", self.sequence, 2**31 - 1), ("step", self.step, 2**63 - 1)):
+        self.token: int | None = values.get("token")
+        numbers = [("sequence", self.sequence, 2**31 - 1), ("step", self.step, 2**63 - 1)]
+        for key, value, most in [*numbers, ("token", 0 if self.token is None else self.token, 2**31 - 1)]:
             if not (_is_number(value) and 0 <= value <= most):
                 raise ConfigError(f"{where}: {key} must be a whole number, not negative")
         if before is not None and self.step < before.step:
@@ -206,6 +210,8 @@ class _Row:
             raise ConfigError(f"{where}: {len(self.experts)} layers, the line before has {len(before.experts)}")
         if before is not None and (self.weights is None) != (before.weights is None):
             raise ConfigError(f"{where}: weights must be given for every token or for none")
+        if before is not None and (self.token is None) != (before.token is None):
+            raise ConfigError(f"{where}: token must be given on every line or on none")
 
 
 def _jsonl_row(where: str, line: str, num_experts: int, rows: list[_Row]) -> _Row:
@@ -242,6 +248,8 @@ def write_jsonl(trace: Trace, path: PathLike) -> None:
         for token in range(trace.tokens):
             used = trace.experts[token] >= 0
             row: dict[str, Any] = {"sequence": int(trace.sequence[token]), "step": int(trace.step[token])}
+            if trace.token_ids is not None:
+                row["token"] = int(trace.token_ids[token])
             row["phase"] = Phase(int(trace.phase[token])).name.lower()
             row["experts"] = [trace.experts[token, layer][used[layer]].tolist() for layer in range(trace.layers)]
             if trace.weights is not None:
