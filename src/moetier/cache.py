@@ -155,6 +155,21 @@ class ExpertCache:
             counters["pinning"] = self.pinning.report()
         return counters
 
+    def settle(self) -> None:
+        """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
+
+        Raises what a write-back that failed met; its record stays where it was, changed.
+        """
+        with self._condition:
+            while True:
+                self._drain()
+                if not self.core.busy:
+                    break
+                self._condition.wait()
+            failed, self._errors = self._errors, {}
+        for error in failed.values():
+            raise error
+
     def close(self) -> None:
         """Stop the threads and close the files. Streams asked for afterwards raise."""
         with self._condition:

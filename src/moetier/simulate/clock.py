@@ -41,7 +41,7 @@ class Clock:
         self.seconds = {"total": 0.0, "compute": 0.0, "wait": 0.0}
         self._timing, self._dirty = config.timing or INSTANT, config.dirty
         self._timed = config.timing is not None
-        self._mover = VirtualMover(self._timing, len(configs[0]))
+        self.mover = VirtualMover(self._timing, len(configs[0]))
         self._now = 0.0
         self._layer = layers  # of the access before: the first one begins a step
         self._prefetcher = self._pinning = None
@@ -65,12 +65,20 @@ class Clock:
         for access in accesses:
             self._serve(access)
 
+    def settle(self) -> None:
+        """Let pass the time until every copy has ended."""
+        while (event := self.mover.next_event()) is not None:
+            self.seconds["wait"] += event - self._now
+            self._now = event
+            self._drain()
+        self.seconds["total"] = self._now
+
     def report(self, result: Result) -> None:
         """Fill in what only this driver knows: bytes, seconds, prefetches, pins."""
-        self._mover.run_until(self._now)
-        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self._mover.links}
+        self.mover.run_until(self._now)
+        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self.mover.links}
         if self._timed:
-            busy = {link.name: link.busy_until(self._now) for link in self._mover.links}
+            busy = {link.name: link.busy_until(self._now) for link in self.mover.links}
             result.seconds = {**self.seconds, "total": self._now, **busy}
         if self._prefetcher is not None:
             if self._prefetcher.error is not None:
@@ -129,7 +137,7 @@ class Clock:
             self._drain()
             if ticket.ready:
                 return
-            event = self._mover.next_event()
+            event = self.mover.next_event()
             if event is None:
                 raise MoetierError(f"access {ticket.access.time} waits for copies that nobody makes")
             self.seconds["wait"] += event - self._now
@@ -137,7 +145,7 @@ class Clock:
 
     def _drain(self) -> None:
         """Tell the caches what has ended, and let go what waited for it."""
-        mover = self._mover
+        mover = self.mover
         mover.run_until(self._now)
         told = set()
         while mover.done:
@@ -151,9 +159,9 @@ class Clock:
         cache = self.caches[number]
         orders = cache.take()
         if orders:
-            self._mover.start(number, orders, self._now)
+            self.mover.start(number, orders, self._now)
         if cache.promoted:
-            self._mover.promote(number, cache.promoted)
+            self.mover.promote(number, cache.promoted)
             cache.promoted.clear()
 
 

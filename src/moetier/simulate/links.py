@@ -24,7 +24,8 @@ class VirtualLink:
     """A path between two tiers. A copy takes the latency, then its bytes; `depth` copies are under way at a time.
 
     Latencies of copies under way overlap; their bytes go through one after the other, at the full bandwidth, in the
-    order in which they were begun (as readers that share the parts of the first record in the queue do).
+    order in which they were begun (as readers that share the parts of the first record in the queue do). `latencies`,
+    if it is a list, gets the seconds of every copy.
     """
 
     def __init__(self, name: str, link: Link, nbytes: int):
@@ -36,6 +37,7 @@ class VirtualLink:
         self.seconds = nbytes / (link.gbps * 1e9)  # of one record's bytes
         self.demand: deque[Flight] = deque()
         self.prefetch: deque[Flight] = deque()
+        self.latencies: list[float] | None = None
         self.running = self.copies = 0
         self._busy = self._free_at = self._since = 0.0
 
@@ -48,6 +50,8 @@ class VirtualLink:
             self._since = now
         self.running += 1
         self._free_at = max(now + self.latency, self._free_at) + self.seconds
+        if self.latencies is not None:
+            self.latencies.append(self._free_at - now)
         return self._free_at, queue.popleft()
 
     def end(self, now: float) -> None:

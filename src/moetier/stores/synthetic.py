@@ -98,6 +98,9 @@ class SyntheticStore:
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"{self.folder}: not a folder; give a new or empty one for the synthetic store") from None
         except OSError as error:
+            if not (self.folder / _HEAD).exists():
+                for path in self._paths():
+                    path.unlink(missing_ok=True)
             raise StoreError(f"{self.folder}: the synthetic store cannot be made: {error.strerror}") from error
         except ValueError:
             found = None
