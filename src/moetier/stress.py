@@ -214,13 +214,13 @@ def run_virtual(stress: Stress, timing: Timing) -> dict[str, Any]:
     core = _Changing(stress.tiers(), stress.layers, experts)
     core.stress = stress
     clock.caches = [core]
-    for link in clock.mover.links:
+    for link in clock.links:
         link.latencies = []
     clock.run(accesses)
     clock.settle()
     named = {}
     for name, (_, virtual) in TIMERS.items():
-        link = next(link for link in clock.mover.links if link.name == virtual)
+        link = next(link for link in clock.links if link.name == virtual)
         named[name] = (link.copies, link.copies * stress.record_nbytes, list(link.latencies or ()))
     about = {"mode": "virtual clock", "device": "virtual", "timing": asdict(timing)}
     counters: Any = core.counters()

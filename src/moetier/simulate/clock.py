@@ -17,7 +17,7 @@ from moetier.predictors import make_predictor
 from moetier.prefetch import Prefetcher
 from moetier.residency import Residency
 from moetier.simulate.config import Result, SimulationConfig
-from moetier.simulate.links import INSTANT, VirtualMover
+from moetier.simulate.links import INSTANT, VirtualLink, VirtualMover
 from moetier.tiers import Ticket, TierConfig
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Clock:
         self.seconds = {"total": 0.0, "compute": 0.0, "wait": 0.0}
         self._timing, self._dirty = config.timing or INSTANT, config.dirty
         self._timed = config.timing is not None
-        self.mover = VirtualMover(self._timing, len(configs[0]))
+        self._mover = VirtualMover(self._timing, len(configs[0]))
         self._now = 0.0
         self._layer = layers  # of the access before: the first one begins a step
         self._prefetcher = self._pinning = None
@@ -65,20 +65,35 @@ class Clock:
         for access in accesses:
             self._serve(access)
 
+    @property
+    def links(self) -> tuple[VirtualLink, ...]:
+        """Disk reads, disk writes, host to device, device to host."""
+        return self._mover.links
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self._now
+
     def settle(self) -> None:
         """Let pass the time until every copy has ended."""
-        while (event := self.mover.next_event()) is not None:
+        while (event := self._mover.next_event()) is not None:
             self.seconds["wait"] += event - self._now
             self._now = event
             self._drain()
         self.seconds["total"] = self._now
 
+    def bytes_moved(self) -> dict[str, int]:
+        """Bytes of the copies that have ended by now, per link; records instead of bytes where there is no timing."""
+        self.mover.run_until(self._now)
+        return {link.name: link.copies * self._timing.record_nbytes for link in self.mover.links}
+
     def report(self, result: Result) -> None:
         """Fill in what only this driver knows: bytes, seconds, prefetches, pins."""
-        self.mover.run_until(self._now)
-        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self.mover.links}
+        self._mover.run_until(self._now)
+        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self._mover.links}
         if self._timed:
-            busy = {link.name: link.busy_until(self._now) for link in self.mover.links}
+            busy = {link.name: link.busy_until(self._now) for link in self._mover.links}
             result.seconds = {**self.seconds, "total": self._now, **busy}
         if self._prefetcher is not None:
             if self._prefetcher.error is not None:
@@ -102,6 +117,8 @@ class Clock:
         self._drain()
         ticket = cache.acquire(access)
         hits = len(ticket.ready)
+        if hits < len(access.keys):
+            self._compute(timing.miss_seconds)
         self._start_orders(number)
         if self._prefetcher is not None:
             self._prefetcher.after(access)
@@ -128,8 +145,19 @@ class Clock:
         return timing.expert_seconds + more * timing.token_seconds
 
     def _compute(self, seconds: float) -> None:
+        """Work that takes so long alone; copies that are under way meanwhile slow it down."""
+        begin, contention = self._now, self._timing.contention
+        if contention:
+            while self._mover.busy and (event := self._mover.next_event()) is not None:
+                beside = min(seconds, (event - self._now) / (1 + contention))
+                self._now += beside * (1 + contention)
+                seconds -= beside
+                if seconds <= 0:
+                    break
+                self._now = event
+                self._mover.run_until(event)
         self._now += seconds
-        self.seconds["compute"] += seconds
+        self.seconds["compute"] += self._now - begin
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the ticket has a ready expert."""
@@ -137,7 +165,7 @@ class Clock:
             self._drain()
             if ticket.ready:
                 return
-            event = self.mover.next_event()
+            event = self._mover.next_event()
             if event is None:
                 raise MoetierError(f"access {ticket.access.time} waits for copies that nobody makes")
             self.seconds["wait"] += event - self._now
@@ -145,7 +173,7 @@ class Clock:
 
     def _drain(self) -> None:
         """Tell the caches what has ended, and let go what waited for it."""
-        mover = self.mover
+        mover = self._mover
         mover.run_until(self._now)
         told = set()
         while mover.done:
@@ -159,9 +187,9 @@ class Clock:
         cache = self.caches[number]
         orders = cache.take()
         if orders:
-            self.mover.start(number, orders, self._now)
+            self._mover.start(number, orders, self._now)
         if cache.promoted:
-            self.mover.promote(number, cache.promoted)
+            self._mover.promote(number, cache.promoted)
             cache.promoted.clear()
 
 

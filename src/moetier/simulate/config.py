@@ -35,6 +35,8 @@ class Timing:
     expert_seconds: float = 0.0
     token_seconds: float = 0.0
     step_seconds: float = 0.0  # once per step: embeddings, head, sampling
+    contention: float = 0.0  # compute takes this share longer while copies are under way
+    miss_seconds: float = 0.0  # once per access that has to wait for copies: decisions, waking up
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,11 @@ class VirtualMover:
                 self.done.append(flight.order)
             self._begin(link, time)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a copy is under way."""
+        return bool(self._events)
+
     def next_event(self) -> float | None:
         """When something happens next; None if nothing is under way."""
         return self._events[0][0] if self._events else None
