@@ -37,8 +37,12 @@ class Predictor(Protocol):
 
 
 PREDICTORS: dict[str, str] = {
-    "previous-token": "moetier.predictors.previous_token:PreviousToken",
+    "activation-matrix": "moetier.predictors.activation_matrix:ActivationMatrix",
     "layer-transition": "moetier.predictors.layer_transition:LayerTransition",
+    "mix": "moetier.predictors.mix:Mix",
+    "next-gate": "moetier.predictors.next_gate:NextGate",
+    "previous-token": "moetier.predictors.previous_token:PreviousToken",
+    "scoutgate": "moetier.predictors.scoutgate:ScoutGate",
 }
 
 

@@ -27,5 +27,5 @@ class PreviousToken(ScoredPredictor):
 
     def scores(self, access: Access, target: int, distance: int) -> Scores:
         """Above one half for the last selection, below for the others; by activity within both."""
-        scores: Scores = 0.5 * (self._last[target] > 0) + 0.499 * self._activity.average[target]
-        return scores
+        activity = self.union(access, self._activity.average[target])
+        return np.asarray(0.5 * (self._last[target] > 0) + 0.499 * activity)

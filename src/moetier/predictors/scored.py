@@ -22,15 +22,18 @@ Scores = NDArray[np.float64]
 class ScoredPredictor(ABC):
     """A predictor that gives each expert of a layer ahead a raw probability.
 
-    The raw probabilities rank; what they are worth is learned online, by distance and by how many tokens share the
+    The raw probabilities rank; what they are worth is learned online, by distance, layer and how many tokens share the
     access, so that `Prediction.probability` is a frequency one can set a threshold on.
     """
+
+    nearest, farthest = 1, 1 << 30  # the distances that can be asked for
+    needs = ""  # "model" or "tokens": what has to be bound, or told, before anything can be predicted
 
     def __init__(self, layers: int, experts: int, top_k: int):
         if min(layers, experts, top_k) < 1 or top_k > experts:
             raise ConfigError(f"a predictor needs layers, experts and 1 <= top_k <= experts, got {top_k} of {experts}")
         self.layers, self.experts, self.top_k = layers, experts, top_k
-        self._reliability: dict[tuple[int, int], Reliability] = {}
+        self._reliability: dict[tuple[int, int, int], Reliability] = {}  # by distance, target layer, size of the access
         self._open: dict[int, list[tuple[Reliability, NDArray[np.int64]]]] = {}  # access due -> what is expected of it
         self._keys = [[ExpertKey(layer, expert) for expert in range(experts)] for layer in range(layers)]
         self._now = 0
@@ -41,7 +44,7 @@ class ScoredPredictor(ABC):
 
     @abstractmethod
     def scores(self, access: Access, target: int, distance: int) -> Scores:
-        """After `access`: raw probabilities [experts] that a token needs each expert of layer `target`."""
+        """After `access`: raw probabilities [experts] that the access to layer `target` needs each expert."""
 
     def observe(self, access: Access, hidden: object = None) -> None:
         """See `Predictor.observe`."""
@@ -58,16 +61,18 @@ class ScoredPredictor(ABC):
 
     def predict(self, access: Access, distance: int = 1) -> Iterator[Prediction]:
         """See `Predictor.predict`. Lazy: read as far as it interests."""
-        if distance < 1:
-            raise ConfigError(f"predictions are for 1 or more accesses ahead, got {distance}")
+        if not self.nearest <= distance <= self.farthest:
+            name, least, most = type(self).__name__, self.nearest, self.farthest
+            raise ConfigError(f"{name} predicts from {least} to {most} accesses ahead, not {distance}")
         target = (access.layer + distance) % self.layers
-        tokens = self.tokens_of(access)
         raw = self.scores(access, target, distance)
-        if tokens > 1:
-            raw = 1 - (1 - np.clip(raw, 0, 1)) ** tokens
-        reliability = self._reliability.setdefault((distance, tokens.bit_length()), Reliability())
+        which = distance, target, self.tokens_of(access).bit_length()
+        reliability = self._reliability.get(which)
+        if reliability is None:
+            reliability = self._reliability[which] = Reliability()
         bins = bins_of(raw)
-        self._open.setdefault(self._now + distance, []).append((reliability, bins))
+        if distance:
+            self._open.setdefault(self._now + distance, []).append((reliability, bins))
         order = np.argsort(-raw, kind="stable")
         likely = reliability.probability(bins[order]).tolist()
         keys = self._keys[target]
@@ -78,6 +83,11 @@ class ScoredPredictor(ABC):
     def tokens_of(self, access: Access) -> int:
         """How many tokens share an access, as far as it says."""
         return max(1, round(sum(access.tokens) / self.top_k))
+
+    def union(self, access: Access, one: Scores) -> Scores:
+        """From the probabilities for one token to those for as many as the access has, taken as independent."""
+        tokens = self.tokens_of(access)
+        return one if tokens == 1 else np.asarray(1 - (1 - np.clip(one, 0, 1)) ** tokens)
 
 
 class Activity:

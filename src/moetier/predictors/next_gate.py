@@ -1,0 +1,97 @@
+"""The next layers' own routers, asked early: training-free lookahead.
+
+Needs the loaded model: `bind` it. Imports torch only then.
+"""
+
+from __future__ import annotations
+
+from threading import local
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from moetier.access import Access
+from moetier.errors import ConfigError
+from moetier.predictors.scored import ScoredPredictor, Scores
+
+if TYPE_CHECKING:
+    from moetier.predictors.routers import Routers
+
+_SLOPE = 4.0  # of a first guess at the probability, per standard deviation of a token's scores; then it is learned
+
+
+class NextGate(ScoredPredictor):
+    """Router of layer l+a on the hidden state that comes to layer l, through the norm of l+a.
+
+    The real router with everything it does (bias, sigmoid or softmax, groups), so at distance 0 it is exact: the
+    control. The hidden state is taken before layer l's experts run, so that a prefetch can overlap their math. Experts
+    beyond the router's choice are ranked by what the router ranked by; how far an expert is from being chosen gives the
+    probability. Around the corner (from the last layers to the first of the next token) it knows nothing of that token.
+
+    After Eliseev and Mazur (2023, arXiv 2312.17238) and its many followers.
+    """
+
+    nearest = 0
+    needs = "model"
+
+    def __init__(self, layers: int, experts: int, top_k: int):
+        super().__init__(layers, experts, top_k)
+        self._routers: Routers | None = None
+        self._seen = local()  # per thread: the residual of the access observed last
+
+    def bind(self, model: Any) -> None:
+        """Find the routers of a loaded model. Raises `UnsupportedModelError`, naming the family, if they need more than
+        their layer's hidden state; `ConfigError` if the model has another shape.
+        """
+        from moetier.predictors.routers import Routers
+
+        routers = Routers(model)
+        if len(routers) != self.layers:
+            routers.close()
+            raise ConfigError(f"next-gate was made for {self.layers} MoE layers, the model has {len(routers)}")
+        self.close()
+        self._routers = routers
+
+    def close(self) -> None:
+        """Let the model go."""
+        if self._routers is not None:
+            self._routers.close()
+            self._routers = None
+
+    def learn(self, access: Access, used: Scores) -> None:
+        """Keep the hidden state that came to this layer."""
+        if self._routers is None:
+            raise ConfigError("next-gate asks the model's own routers: bind(model) it first")
+        residual = self._routers.residual
+        if residual is None or residual[0] != access.layer:
+            raise ConfigError(
+                "next-gate saw no forward of its model before this access; it cannot work on a trace alone"
+            )
+        self._seen.residual = residual[1]
+
+    def scores(self, access: Access, target: int, distance: int) -> Scores:
+        """From each token's distance to being chosen; tokens taken as independent."""
+        if self._routers is None or not hasattr(self._seen, "residual"):
+            raise ConfigError("next-gate asks the model's own routers: bind(model) it first")
+        routed = self._routers.route(target, self._seen.residual)
+        index = routed.index.cpu().numpy()  # [T, K]
+        chosen = np.zeros((len(index), self.experts), dtype=np.bool_)
+        np.put_along_axis(chosen, index, True, axis=1)
+        if routed.scores is None:
+            one = np.where(chosen, 0.9, 0.01)
+        else:
+            one = _chances(routed.scores.cpu().numpy().astype(np.float64), chosen)
+        return np.asarray(1 - np.prod(1 - one, axis=0))
+
+
+def _chances(ranked: Scores, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scores:
+    """[T, E] first guesses: above one half exactly where chosen."""
+    possible = np.isfinite(ranked)
+    flat = np.where(possible, ranked, np.nan)
+    spread = np.nanstd(flat, axis=1, keepdims=True) + 1e-9
+    worst = np.where(chosen, ranked, np.inf).min(axis=1, keepdims=True)
+    rest = np.where(chosen | ~possible, -np.inf, ranked).max(axis=1, keepdims=True)
+    edge = np.where(np.isfinite(rest), (worst + rest) / 2, worst - spread)
+    margin = np.where(possible, np.clip((ranked - edge) / spread, -4.9, 4.9), -5.0)
+    margin = np.where(chosen, np.maximum(margin, 1e-3), np.minimum(margin, -1e-3))  # ties at the edge
+    return np.asarray(1 / (1 + np.exp(-_SLOPE * margin)))
