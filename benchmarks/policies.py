@@ -1,0 +1,214 @@
+"""Hit rates of all eviction policies on a recorded trace: every size, scope and batch, with both oracles and noise.
+
+    python benchmarks/policies.py TRACE.parquet --name NAME [--tokens 24000] [--jobs 2] [--resume FILE]
+
+Policies run on every other sequence; the sequences between are what fitted policies (`static`) are fitted on. Writes
+`benchmarks/results/policies-NAME.json`; `python benchmarks/policies.py --tables` puts the tables of all results into
+`docs/policies.md`.
+
+Noise: the runs marked so are repeated with the sequences in another order and the experts renumbered, which changes
+nothing but the history and how ties are broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from common import machine
+from moetier.policies import POLICIES
+from moetier.simulate.config import Result, SimulationConfig
+from moetier.simulate.sweep import sweep
+from moetier.trace import Trace
+from moetier.trace.files import read_trace
+
+SIZES = (0.10, 0.20, 0.30, 0.50, 0.70)
+BATCHES = (1, 2, 4, 8, 16)
+SCOPES = ("global", "layer")
+NOISE_SEEDS = (0, 1, 2)
+VARIANTS = ("lfu(memory=false)", "slru(protected=0.5)")
+ORACLES = ("belady", "belady-forced")
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def policies() -> list[str]:
+    return [*sorted(set(POLICIES) - set(ORACLES)), *VARIANTS, *ORACLES]
+
+
+def configs(trace: Trace, batch: int, scope: str, sizes: Iterable[float] = SIZES) -> list[SimulationConfig]:
+    return [
+        SimulationConfig(policy, round(size * trace.records), scope=scope, batch=batch)  # type: ignore[arg-type]
+        for policy in policies()
+        for size in sizes
+    ]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    whole = read_trace(arguments.trace).decode_only()
+    fit, test = whole.split()
+    runs: list[dict[str, Any]] = []
+    for batch in BATCHES:
+        tokens = arguments.tokens if batch == 1 else arguments.batch_tokens
+        for scope in SCOPES:
+            seeds = NOISE_SEEDS if batch == 1 and scope == "global" and not arguments.no_noise else NOISE_SEEDS[:1]
+            for seed in seeds:
+                trace, other = test.shuffled(seed).first(tokens), fit
+                if seed:
+                    trace, other = trace.relabelled(seed), fit.relabelled(seed)
+                chosen = configs(trace, batch, scope)
+                if seed:  # noise needs no more than these
+                    chosen = [config for config in chosen if config.slots != round(0.7 * trace.records)]
+                print(
+                    f"batch {batch}, {scope}, seed {seed}: {len(chosen)} runs, {trace.tokens} tokens", file=sys.stderr
+                )
+                resume = None if arguments.resume is None else f"{arguments.resume}.{batch}.{scope}.{seed}"
+                results = sweep(trace, chosen, fit=other, processes=arguments.jobs, resume=resume)
+                runs += [row(result, trace, seed) for result in results]
+    return {
+        "name": arguments.name,
+        "trace": describe(whole, test),
+        "machine": machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "runs": runs,
+    }
+
+
+def describe(whole: Trace, test: Trace) -> dict[str, Any]:
+    return {
+        "model": whole.info.model,
+        "source": whole.info.source,
+        "layers": whole.layers,
+        "experts": whole.num_experts,
+        "top_k": whole.top_k,
+        "tokens": whole.tokens,
+        "sequences": len(whole.sequences()),
+        "test_sequences": len(test.sequences()),
+    }
+
+
+def row(result: Result, trace: Trace, seed: int) -> dict[str, Any]:
+    config = result.config
+    return {
+        "policy": config.policy,
+        "slots": config.slots,
+        "share": round(config.slots / trace.records, 3),
+        "scope": config.scope,
+        "batch": config.batch,
+        "seed": seed,
+        "tokens": result.tokens,
+        "needs": sum(result.needs),
+        "hit_rate": result.hit_rate,
+        "records_per_token": sum(result.misses) / max(1, result.tokens),
+        "demand_ratio": result.demand_ratio,
+        "overcommitted": result.overcommitted,
+        "wall_seconds": result.wall_seconds,
+    }
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables() -> None:
+    parts = []
+    for path in sorted(RESULTS.glob("policies-*.json")):
+        parts += trace_tables(json.loads(path.read_text()))
+    text = PAGE.read_text()
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    PAGE.write_text(head + BEGIN + "\n\n" + "\n".join(parts) + "\n" + END + tail)
+
+
+def trace_tables(result: dict[str, Any]) -> list[str]:
+    trace = result["trace"]
+    lines = [
+        f"## {result['name']}",
+        "",
+        f"{trace['model'] or result['name']}: {trace['layers']} layers, {trace['top_k']} of {trace['experts']} experts "
+        f"({trace['source']}). {trace['test_sequences']} of {trace['sequences']} sequences are run here; `static` "
+        f"is fitted on the others. {result['date']}.",
+        "",
+    ]
+    for batch in sorted({run["batch"] for run in result["runs"]}):
+        for scope in SCOPES:
+            runs = [run for run in result["runs"] if (run["batch"], run["scope"]) == (batch, scope)]
+            if runs:
+                lines += hit_table(runs, batch, scope)
+    return lines
+
+
+def hit_table(runs: list[dict[str, Any]], batch: int, scope: str) -> list[str]:
+    shares = sorted({run["share"] for run in runs if run["seed"] == 0})
+    first = [run for run in runs if run["seed"] == 0]
+    rates = {(run["policy"], run["share"]): run["hit_rate"] for run in first}
+    names = sorted({run["policy"] for run in first} - set(ORACLES), key=lambda name: -rates[name, shares[2]])
+    one = first[0]
+    needs = one["needs"] / max(1, one["tokens"])
+    ratio = ", ".join(f"{next(run['demand_ratio'] for run in first if run['share'] == share):.2f}" for share in shares)
+    over = ", ".join(f"{next(run['overcommitted'] for run in first if run['share'] == share):.0%}" for share in shares)
+    head = " | ".join(f"{share:.0%}" for share in shares)
+    lines = [
+        f"**{'One stream' if batch == 1 else f'{batch} streams'}, {scope} scope.** {one['tokens']:,} tokens, "
+        f"{one['needs']:,} needs ({needs:.1f} records a token). Experts needed per access ÷ slots per layer: {ratio}; "
+        f"above 1 in {over} of the accesses.",
+        "",
+        f"| policy | {head} | gap closed at 20 % | records a token at 30 % |",
+        "| --- |" + " ---: |" * (len(shares) + 2),
+    ]
+    bold = {share: max(rates[name, share] for name in names) for share in shares}
+    for name in [*names, *ORACLES]:
+        cells = []
+        for share in shares:
+            text = f"{100 * rates[name, share]:.1f}"
+            cells.append(f"**{text}**" if name not in ORACLES and rates[name, share] == bold[share] else text)
+        lru, best = rates["lru", shares[1]], rates["belady", shares[1]]
+        closed = f"{100 * (rates[name, shares[1]] - lru) / (best - lru):.0f} %" if best > lru else ""
+        moved = next(run["records_per_token"] for run in first if (run["policy"], run["share"]) == (name, shares[2]))
+        lines.append(f"| {name} | {' | '.join(cells)} | {closed} | {moved:.1f} |")
+    return [*lines, "", *noise(runs, shares)]
+
+
+def noise(runs: list[dict[str, Any]], shares: list[float]) -> list[str]:
+    seeds = {run["seed"] for run in runs}
+    if len(seeds) < 2:
+        return []
+    spreads: dict[float, list[float]] = {}
+    for policy in {run["policy"] for run in runs}:
+        for share in shares:
+            values = [run["hit_rate"] for run in runs if (run["policy"], run["share"]) == (policy, share)]
+            if len(values) > 1:
+                spreads.setdefault(share, []).append(statistics.stdev(values))
+    text = ", ".join(f"{100 * max(values):.1f} at {share:.0%}" for share, values in sorted(spreads.items()))
+    return [
+        f"Noise over {len(seeds)} orders and numberings, largest standard deviation of any policy, in points: {text}.",
+        "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", nargs="?", help="a trace file")
+    parser.add_argument("--name", default="trace")
+    parser.add_argument("--tokens", type=int, default=24_000, help="of the batch-1 tables")
+    parser.add_argument("--batch-tokens", type=int, default=8_000, help="of the others")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--no-noise", action="store_true")
+    parser.add_argument("--resume", help="keep finished runs in files that begin so")
+    parser.add_argument("--tables", action="store_true", help="only write the tables of all results")
+    arguments = parser.parse_args()
+    if arguments.trace is not None:
+        path = RESULTS / f"policies-{arguments.name}.json"
+        path.write_text(json.dumps(measure(arguments), indent=1) + "\n")
+    if arguments.tables or arguments.trace is not None:
+        tables()
+
+
+if __name__ == "__main__":
+    main()
