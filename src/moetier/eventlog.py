@@ -242,13 +242,16 @@ class Recorder:
         return self.core.tickets
 
 
-def replay(log: EventLog) -> Residency:
+def replay(log: EventLog, prepare: Callable[[Residency], None] | None = None) -> Residency:
     """Build the core anew and feed it the log.
 
+    `prepare` gets the new core before the first call: to fit a policy, to show it the future, to attach witnesses.
     Raises `ReplayError`, naming the first access after which the digest is not the recorded one, or the first call that
     cannot be made.
     """
     core = Residency(log.tiers, log.layers, log.experts)
+    if prepare is not None:
+        prepare(core)
     tickets: dict[int, Ticket] = {}
     served = 0
     for number, (name, *arguments) in enumerate(log.events, 1):

@@ -85,13 +85,12 @@ class Clock:
 
     def bytes_moved(self) -> dict[str, int]:
         """Bytes of the copies that have ended by now, per link; records instead of bytes where there is no timing."""
-        self.mover.run_until(self._now)
-        return {link.name: link.copies * self._timing.record_nbytes for link in self.mover.links}
+        self._mover.run_until(self._now)
+        return {link.name: link.copies * self._timing.record_nbytes for link in self._mover.links}
 
     def report(self, result: Result) -> None:
         """Fill in what only this driver knows: bytes, seconds, prefetches, pins."""
-        self._mover.run_until(self._now)
-        result.bytes_moved = {link.name: link.copies * self._timing.record_nbytes for link in self._mover.links}
+        result.bytes_moved = self.bytes_moved()
         if self._timed:
             busy = {link.name: link.busy_until(self._now) for link in self._mover.links}
             result.seconds = {**self.seconds, "total": self._now, **busy}

@@ -111,14 +111,14 @@ def simulate_accesses(
     if config.semantics == "sequential":
         accesses, fit = _one_by_one(accesses), None if fit is None else _one_by_one(fit)
     largest = max((len(access.keys) for access in accesses), default=1)
-    tiers = _tier_configs(config, parts, 0 if config.staging else largest)
+    tiers = tier_configs(config, parts, 0 if config.staging else largest)
     needs_clock = config.host_slots or config.predictor or config.warm_pinning or config.timing or config.dirty
     driver: Driver
     if needs_clock:
         driver = Clock(tiers, layers, experts, config, top_k or largest)
     else:
         driver = InstantDriver(tiers, layers, experts)
-    _prepare(driver.caches, accesses, fit)
+    prepare(driver.caches, accesses, fit)
     if witnesses is not None:
         witnesses.extend(attach(cache) for cache in driver.caches)
     begin = time.perf_counter()
@@ -180,7 +180,7 @@ def _split(slots: int, parts: int) -> list[int]:
     return [slots // parts + (part < slots % parts) for part in range(parts)]
 
 
-def _tier_configs(config: SimulationConfig, parts: int, extra: int) -> list[list[TierConfig]]:
+def tier_configs(config: SimulationConfig, parts: int, extra: int) -> list[list[TierConfig]]:
     """The tiers of every cache, fastest first; `extra` staging slots where the policy asks for them."""
     levels = [(config.policy, config.slots)]
     if config.host_slots is not None:
@@ -200,7 +200,7 @@ def has_admission(policy: str) -> bool:
     return hasattr(find_policy(parse_policy(policy)[0]), "admit")
 
 
-def _prepare(caches: Sequence[Instant | Residency], accesses: Sequence[Access], fit: Sequence[Access] | None) -> None:
+def prepare(caches: Sequence[Instant | Residency], accesses: Sequence[Access], fit: Sequence[Access] | None) -> None:
     """Fit the policies that learn beforehand; show the future to those that must know it."""
     for layer, cache in enumerate(caches):
         alone = len(caches) == 1
