@@ -15,8 +15,9 @@ PINNED = 1 << 62  # a score: behind everything outside the set
 class Static:
     """Pins the `slots` most used experts of a fitted trace; the others, least recent first, go before them.
 
-    Ties in the counts go to the lower layer and expert. If the set itself must give way, its least used goes first;
-    with staging slots, an expert outside the set never displaces one of the set.
+    Ties in the counts go to the lower layer and expert. If the set itself must give way, its least used goes first. With
+    staging slots, a full tier admits what was used more than the victim, and experts outside the set (which were used
+    equally little) only to slots that the set leaves over.
     """
 
     def __init__(self, layers: int, experts: int, slots: int):
@@ -52,9 +53,10 @@ class Static:
         self._residents.remove(key)
 
     def admit(self, incoming: ExpertKey, victim: ExpertKey, access: Access) -> bool:
-        """Whatever keeps the set whole."""
-        pinned = self._scores or {}
-        return incoming in pinned or victim not in pinned
+        """Whatever improves the set, or costs it nothing."""
+        scores = self._scores or {}
+        ahead = scores.get(incoming, 0) - scores.get(victim, 0)
+        return ahead > 0 or (ahead == 0 and len(scores) < self._slots)
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Those outside the set from the least recent, then the set from the least used."""

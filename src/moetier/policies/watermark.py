@@ -24,9 +24,9 @@ class Watermark(Ranked):
       the current layer.
     - `cost` is what a miss costs on the link below the tier, `size` the bytes of an expert, in any units: experts have
       one size, so both only set the scale of credits.
-    - The watermark is the least value at which the experts with b above it fit into the slots. With `marks="exact"` it
-      is computed at every question (water-filling: the slots-th largest credit); with `marks="subgradient"` it follows
-      lambda <- max(0, lambda + step (experts at or above lambda - slots)), one step per access.
+    - The watermark is the least value at which the experts with b above it fit. With `marks="exact"` it is computed
+      when it is asked for (water-filling: the N-th largest credit, for N residents); with `marks="subgradient"` it
+      follows lambda <- max(0, lambda + step (experts at or above lambda - slots)), one step per access.
     - Hysteresis: an expert is admitted if its credit is at least (1 + hysteresis) times the watermark and the victim's
       is not above the watermark. Admission needs staging slots; without any, everything is admitted.
 
@@ -98,7 +98,7 @@ class Watermark(Ranked):
         """Whether the incoming expert is clear of the watermark and the victim is not."""
         if self._step is None and self._asked is not access:
             credits = self._all_credits(access)
-            rank = max(0, len(credits) - self._slots)
+            rank = len(credits) - len(self._residents.position)  # the tier is full when this is asked
             self._watermark = float(np.partition(credits, rank)[rank])
             self._asked = access
         enough = self._credit(incoming, access) >= self._admit_factor * self._watermark
