@@ -38,6 +38,10 @@ class HostArena:
             )
         return not status
 
+    def touch(self) -> None:
+        """Have the kernel provide every page now; what is in the slots is lost."""
+        self._bytes.zero_()
+
     def close(self) -> None:
         """Give the page lock back; the memory itself goes with the last view."""
         if self.page_locked:

@@ -56,6 +56,7 @@ class ExpertCache:
     ):
         self.store, self.core, self.host, self.device = store, core, host, device
         self._condition = threading.Condition()  # re-entrant: the mover may end a copy at once
+        self.readers = readers
         self.mover = ThreadMover(store, host, device, self._condition, readers)
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access

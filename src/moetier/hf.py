@@ -39,7 +39,7 @@ from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.shards import Shards
-from moetier.tiers import TierConfig
+from moetier.tiers import configure
 
 NAME = "moetier"
 
@@ -369,7 +369,7 @@ def attach_cache(
         cache.close()
         raise
     policy = find_policy(parse_policy(options.policy)[0])
-    tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False))
+    tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
@@ -446,19 +446,9 @@ def build_cache(
     """Arenas, residency core and cache for a plan."""
     on_gpu = device.type != "cpu"
     top_k, layers = plan.workload.top_k, plan.workload.layers
-    configs = []
-    for tier in plan.tiers:
-        everything_fits = tier.slots >= store.records
-        roomy = tier.slots >= 16 and not everything_fits
-        configs.append(
-            TierConfig(
-                slots=tier.slots,
-                policy=options.policy,
-                admission=options.admission if roomy else "always",
-                staging=min(top_k, tier.slots // 8) if roomy and options.admission != "always" else 0,
-                floor=0 if everything_fits else min(top_k, tier.slots // (2 * layers)),
-            )
-        )
+    configs = [
+        configure(tier.slots, store.records, layers, top_k, options.policy, options.admission) for tier in plan.tiers
+    ]
     core = Residency(configs, store.layers, store.experts)
     recorder = Recorder(core) if options.record_events else None
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)

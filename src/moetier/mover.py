@@ -46,7 +46,8 @@ Work = Callable[[Flight, int], int]  # one part of a copy; its bytes
 class Link:
     """A path between two neighbouring tiers: its queues, its threads, and what it moved.
 
-    `latencies`, if it is a list, gets the seconds of every operation (one part of a copy).
+    `latencies`, if it is a list, gets the seconds of every operation (one part of a copy), and `ends`, if it is one,
+    the time (of `time.perf_counter`) at which every copy was through.
     """
 
     def __init__(self, name: str, threads: int, work: Work, drains: bool = False):
@@ -60,6 +61,7 @@ class Link:
         self.copies = 0
         self.operations = 0
         self.latencies: list[float] | None = None
+        self.ends: list[float] | None = None
 
 
 class ThreadMover:
@@ -196,6 +198,8 @@ class ThreadMover:
                 flight.unfinished -= 1
                 ended = flight.unfinished == 0
                 link.copies += ended
+                if ended and link.ends is not None:
+                    link.ends.append(begin + elapsed)
             if ended and link is self._d2h and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)

@@ -120,6 +120,21 @@ class TierConfig:
     floor: int = 0
 
 
+def configure(
+    slots: int, records: int, layers: int, top_k: int, policy: str = "horizon", admission: str = "decode-only"
+) -> TierConfig:
+    """A tier as the engine sets it up: staging for what admission turns away, and a floor for every layer."""
+    everything_fits = slots >= records
+    roomy = slots >= 16 and not everything_fits
+    return TierConfig(
+        slots=slots,
+        policy=policy,
+        admission=admission if roomy else "always",
+        staging=min(top_k, slots // 8) if roomy and admission != "always" else 0,
+        floor=0 if everything_fits else min(top_k, slots // (2 * layers)),
+    )
+
+
 class Tier:
     """The books of one tier: who has which slot, and what happened here."""
 
