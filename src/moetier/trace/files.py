@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from moetier.errors import ConfigError
 from moetier.trace import Trace, TraceInfo
 
-__all__ = ["FORMAT", "VERSION", "read_trace", "whole_file", "write_trace"]
+__all__ = ["FORMAT", "VERSION", "check_writable", "read_trace", "require_pyarrow", "whole_file", "write_trace"]
 
 FORMAT, VERSION = "moetier trace", 1
 _KEY = b"moetier.trace"
@@ -169,11 +169,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises `ConfigError` where the file cannot be written.
     """
-    target = Path(path).resolve()  # a link keeps leading to the file
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target, draft = _draft(path)
     try:
-        if target.is_dir():
-            raise ConfigError(f"{path}: a folder; give the name of a file")
         try:
             yield draft
             os.replace(draft, target)
@@ -181,6 +178,29 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise `ConfigError` for a file that could not be written, before minutes are spent on what it should hold."""
+    _, draft = _draft(path)
+    try:
+        draft.touch()  # asking for permission is not enough: the file system may be read-only
+        draft.unlink()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _draft(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The file that is meant, and the one to write until it is whole."""
+    target = Path(path).resolve()  # a link keeps leading to the file
+    if target.is_dir():
+        raise ConfigError(f"{path}: a folder; give the name of a file")
+    return target, target.with_name(f".{target.name}.{os.getpid()}.tmp")
+
+
+def require_pyarrow() -> None:
+    """Raise `ConfigError` where pyarrow is missing, before anything is made that could not be written."""
+    _pyarrow()
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -25,6 +25,6 @@ def needs_of(trace: Trace) -> Needs:
         return Needs(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
     step = np.cumsum(np.diff(trace.step, prepend=trace.step[0]) != 0)
     access = step[:, None, None] * trace.layers + np.arange(trace.layers)[None, :, None]
-    codes = (access * trace.num_experts + trace.experts)[trace.experts >= 0]
-    codes = np.unique(codes)
+    codes = np.sort((access * trace.num_experts + trace.experts)[trace.experts >= 0])
+    codes = codes[np.diff(codes, prepend=-1) != 0]
     return Needs(codes // trace.num_experts, codes % trace.records)
