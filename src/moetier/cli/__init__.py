@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import typer
 
-from moetier.cli import bench, demo, plan, run, trace
+from moetier.cli import bench, demo, plan, predict, run, trace
 from moetier.cli.errors import EXIT_CODES, Program
 
 _EXIT_CODES = "Exit codes: 0 done; 1 the plan does not work, or another error; "
@@ -36,6 +36,7 @@ app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.add_typer(predict.app, name="predict")
 app.add_typer(trace.app, name="trace")
 
 

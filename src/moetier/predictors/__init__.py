@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from moetier.access import Access, ExpertKey
 from moetier.errors import ConfigError
 from moetier.policies import parse_policy
 
-__all__ = ["PREDICTORS", "Prediction", "Predictor", "make_predictor"]
+__all__ = ["PREDICTORS", "Prediction", "Predictor", "make_predictor", "split_names"]
 
 
 class Prediction(NamedTuple):
@@ -73,3 +74,11 @@ def _find(name: str) -> Callable[..., Predictor]:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"predictor {name!r} cannot be imported: {error}") from error
     return factory
+
+
+def split_names(text: str) -> list[str]:
+    """`a,b(x=1,y=2)` as its predictors: commas within parentheses do not separate. Raises `ConfigError` for none."""
+    names = [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
+    if not names:
+        raise ConfigError(f"no predictor is named; choose from: {', '.join(sorted(PREDICTORS))}")
+    return names

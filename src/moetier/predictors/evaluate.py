@@ -1,4 +1,4 @@
-"""How good a predictor is, on accesses it was not fitted on: recall by layer and distance, and whether it knows its odds.
+"""How good a predictor is on accesses it was not fitted on: recall by layer and distance, and whether it knows its odds.
 
 Torch-free; `live` feeds it from a running model. What a prefetch would pay is not told by any of this: see
 `Prefetcher` and the simulator.
@@ -50,8 +50,8 @@ class Quality:
             mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
 
     def summary(self) -> dict[str, Any]:
-        """Rates: recall at k and 2k, whole sets, recall of fresh needs; precision and reach of a confidence of one half;
-        the mean distance between probability and frequency (expected calibration error)."""
+        """Rates: recall at k and 2k, whole sets, fresh needs and their recall; precision and recall at a confidence of
+        one half; mean distance of probability and frequency (expected calibration error). None where nothing counts."""
         sure = [sum(column) for column in zip(*self.bins[BINS // 2 :], strict=True)]
         read = sum(count for count, _, _ in self.bins)
         error = sum(abs(expected - came) for _, expected, came in self.bins)

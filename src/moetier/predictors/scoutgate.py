@@ -106,7 +106,8 @@ class ScoutGate(ScoredPredictor):
             ids = kwargs.get("input_ids", args[0] if args else None)
             if ids is not None:
                 phase = Phase.PREFILL if ids.shape[-1] > 1 else Phase.DECODE
-                self.begin_step(ids.detach().cpu().numpy(), begins_text(kwargs.get("past_key_values"), phase))
+                past = kwargs.get("past_key_values")
+                self.begin_step(ids.detach().cpu().numpy(), past is None or begins_text(past, phase))
 
         self.close()
         self._handle = model.register_forward_pre_hook(watch, with_kwargs=True)
