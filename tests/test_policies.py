@@ -257,35 +257,6 @@ def test_slru_demotion_does_not_expose_the_newest_insert() -> None:
     assert next(policy.victims(access)) == a
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(slots=SLOTS, accesses=ACCESSES)
-def test_horizon_is_distance_to_the_expected_next_use(slots: int, accesses: Visits) -> None:
-    facts = Facts()
-    rankings = drive(make_policy("horizon", LAYERS, EXPERTS, slots), slots, accesses, facts.step)
-    if not rankings:
-        return
-
-    def probability(key: ExpertKey) -> float:
-        visits = [access for access in facts.history if access.layer == key.layer]
-        if not visits:
-            return 1e-3
-        mixed = 0.20 * sum(key in access.keys for access in visits) / len(visits)
-        for weight, half_life in ((0.30, 2.0), (0.25, 8.0), (0.25, 32.0)):
-            average, decay = 0.0, 0.5 ** (1 / half_life)
-            for access in visits:
-                average = decay * average + (1 - decay) * (key in access.keys)
-            mixed += weight * average
-        return max(mixed, 1e-3)
-
-    def distance(key: ExpertKey) -> float:
-        here = facts.history[-1].layer
-        until = next(step for step in range(1, LAYERS + 1) if (here + step) % LAYERS == key.layer)
-        p = probability(key)
-        return until / LAYERS + (1 - p) / p
-
-    assert_ascending(rankings[-1], lambda key: -distance(key))
-
-
 def hits_of(policy: str, slots: int) -> int:
     """A model of 8 layers that wants the same two experts of each layer for every token: a cycle of 16 keys."""
     core = Residency([TierConfig(slots, policy)], 8, 4)

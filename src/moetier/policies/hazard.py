@@ -1,0 +1,153 @@
+"""The chance that an expert is wanted when its layer returns: what it is estimated from, and the weights of that.
+
+Features are computed here and nowhere else, for `policies/horizon.py` and for `tuning.py` alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moetier.errors import ConfigError
+
+HALF_LIVES = (2.0, 8.0, 32.0, 128.0)  # of the activity averages, in visits of the layer
+FEATURES = ("activity_2", "activity_8", "activity_32", "activity_128", "frequency", "recalled", "recalled_later", "one")
+LATER = 3  # visits after the next one that count as later
+MEMORY = 512  # passes through the model that can be recalled
+FADE = 0.85  # per layer, of what counts as the present when it is compared with the past
+SHARPNESS = 14.0  # a pass that resembles the present by 0.1 more weighs exp(1.4) times as much
+ENOUGH = 0.45  # resemblance from which one pass outweighs the frequency
+FRESHNESS = 0.998  # what a pass weighs beside one that is one pass younger
+EDGE = 1e-3  # chances are cut off here before their logit is taken
+
+
+@dataclass(frozen=True, slots=True)
+class HazardWeights:
+    """Two logistic models over `FEATURES`, in their order.
+
+    `next`: wanted at the next visit of its layer. `later`: wanted at a later visit, given that not at any before.
+    """
+
+    next: tuple[float, ...]
+    later: tuple[float, ...]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write as JSON."""
+        Path(path).write_text(json.dumps({"features": FEATURES, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> HazardWeights:
+        """Read what `save` wrote. Raises `ConfigError` for anything else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            rows = [tuple(float(weight) for weight in data[name]) for name in ("next", "later")]
+            fits = tuple(data["features"]) == FEATURES
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not a file of hazard weights ({type(error).__name__}: {error})") from error
+        if not fits or any(len(row) != len(FEATURES) or not all(map(math.isfinite, row)) for row in rows):
+            raise ConfigError(f"{path}: hazard weights must be {len(FEATURES)} finite numbers each, for {FEATURES}")
+        return cls(*rows)
+
+
+class History:
+    """The routing so far, as features of every expert.
+
+    Beside averages of its activity, an expert is known by what is recalled: a token that is routed like an earlier
+    one, layer after layer, is likely to be the same in a similar place, and what followed then is likely to follow
+    now. So the last `MEMORY` passes are compared with the present, and their successors are averaged, weighed by
+    exp(resemblance): attention, with sets of experts as queries and keys.
+
+    A pass ends when a layer comes that is not behind the last one. Memory: layers x experts x 2 x `MEMORY` float32
+    (12 MiB for 48 x 64, 96 MiB for 48 x 512), linear in experts.
+    """
+
+    def __init__(self, layers: int, experts: int):
+        gain = 1.0 - 0.5 ** (1.0 / np.array(HALF_LIVES, np.float32))[:, None]
+        self._gain, self._keep = gain, 1.0 - gain
+        self._activity = np.zeros((layers, len(HALF_LIVES), experts), np.float32)
+        self._uses = np.zeros((layers, experts), np.float32)
+        self._visits = [0] * layers
+        self._width = [0.0] * layers  # share of the experts that the last visit wanted
+        # columns are passes; what is older than `MEMORY` passes is dropped `MEMORY` columns at a time
+        self._wanted = np.zeros((layers, experts, 2 * MEMORY), np.float32)
+        self._size = np.ones((layers, 2 * MEMORY), np.float32)  # experts wanted
+        self._layer, self._column = 0, 0  # of the present
+        self._columns = [0] * layers  # of the last visits
+        # how much the pass of each age resembles the present; oldest first, so that the youngest is always the last
+        self._resemblance = np.zeros(MEMORY, np.float32)
+        self._resemblances = np.zeros((layers, MEMORY), np.float32)  # at the last visits
+        age = np.arange(MEMORY, 0, -1)
+        self._offset = (age * math.log(FRESHNESS) - SHARPNESS * ENOUGH).astype(np.float32)
+        self._recall = np.zeros((2, LATER + MEMORY), np.float32)  # scratch
+
+    def observe(self, layer: int, experts: list[int]) -> None:
+        """One visit of a layer, which wanted these experts."""
+        if layer <= self._layer:
+            self._next_pass()
+        column, wanted, size = self._column, self._wanted[layer], len(experts)
+        self._layer, self._columns[layer] = layer, column
+        activity, uses = self._activity[layer], self._uses[layer]
+        if not self._visits[layer]:  # averages start at an even share
+            activity.fill(size / len(uses))
+        self._visits[layer] += 1
+        self._width[layer] = size / len(uses)
+        chosen = np.array(experts)
+        activity *= self._keep
+        activity[:, chosen] += self._gain
+        uses[chosen] += 1.0
+        first = max(0, column - MEMORY)
+        resemblance = self._resemblance[first - column :] if column else self._resemblance[:0]
+        alike = np.add.reduce(wanted[chosen, first:column], axis=0)
+        alike /= np.maximum(self._size[layer, first:column], size)  # not overlap / size: a prefill overlaps everything
+        resemblance *= FADE
+        resemblance += alike * np.float32(1.0 - FADE)
+        self._resemblances[layer] = self._resemblance
+        wanted[chosen, column] = 1.0
+        self._size[layer, column] = size
+
+    def features(self, layer: int) -> NDArray[np.float32]:
+        """What `FEATURES` names, for every expert of a layer, as of the layer's last visit; chances are logits."""
+        averages, last = len(HALF_LIVES), self._columns[layer]
+        found = np.empty((len(FEATURES), self._activity.shape[2]), np.float32)
+        found[:averages] = self._activity[layer]
+        frequency = found[averages]
+        np.add(self._uses[layer], self._width[layer], out=frequency)
+        frequency /= self._visits[layer] + 1
+        size = min(last, MEMORY)
+        recall = self._recall[:, : LATER + size]  # weights of the visits that came next, and later, by column
+        if size:
+            weight = self._resemblances[layer, -size:] * np.float32(SHARPNESS)
+            weight += self._offset[-size:]
+            np.exp(weight, out=recall[0, LATER:])
+            later = recall[1, LATER:]
+            np.add(recall[0, 2:-1], recall[0, 1:-2], out=later)
+            later += recall[0, :-LATER]
+            later *= np.float32(1.0 / LATER)
+        weights = recall[:, LATER:]
+        recalled = found[averages + 1 : averages + 3]
+        np.matmul(weights, self._wanted[layer, :, last + 1 - size : last + 1].T, out=recalled)
+        recalled += frequency
+        recalled /= np.add.reduce(weights, axis=1, keepdims=True) + np.float32(1.0)
+        chances = found[:-1]
+        np.maximum(chances, EDGE, out=chances)
+        np.minimum(chances, 1.0 - EDGE, out=chances)
+        chances /= 1.0 - chances
+        np.log(chances, out=chances)
+        found[-1] = 1.0
+        return found
+
+    def _next_pass(self) -> None:
+        self._column += 1
+        if self._column == 2 * MEMORY:
+            self._column = MEMORY
+            self._columns = [max(0, column - MEMORY) for column in self._columns]
+            for columns in (self._wanted, self._size):
+                columns[..., :MEMORY] = columns[..., MEMORY:]
+            self._wanted[..., MEMORY:] = 0.0
+            self._size[..., MEMORY:] = 1.0
