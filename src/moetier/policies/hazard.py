@@ -68,72 +68,76 @@ class History:
     """
 
     def __init__(self, layers: int, experts: int):
-        gain = 1.0 - 0.5 ** (1.0 / np.array(HALF_LIVES, np.float32))[:, None]
-        self._gain, self._keep = gain, 1.0 - gain
-        self._activity = np.zeros((layers, len(HALF_LIVES), experts), np.float32)
-        self._uses = np.zeros((layers, experts), np.float32)
+        self._experts = experts
+        gain = [1.0 - 0.5 ** (1.0 / half_life) for half_life in HALF_LIVES]
+        self._keep = np.array([*(1.0 - share for share in gain), 1.0], np.float32)[:, None]
+        self._gain = np.array([*gain, 1.0], np.float32)[:, None]
+        self._activity = np.zeros((layers, len(HALF_LIVES) + 1, experts), np.float32)  # averages, and the sum
         self._visits = [0] * layers
-        self._width = [0.0] * layers  # share of the experts that the last visit wanted
+        self._share = [0.0] * layers  # of the experts that the last visit wanted
         # columns are passes; what is older than `MEMORY` passes is dropped `MEMORY` columns at a time
         self._wanted = np.zeros((layers, experts, 2 * MEMORY), np.float32)
         self._size = np.ones((layers, 2 * MEMORY), np.float32)  # experts wanted
         self._layer, self._column = 0, 0  # of the present
         self._columns = [0] * layers  # of the last visits
-        # how much the pass of each age resembles the present; oldest first, so that the youngest is always the last
+        # `SHARPNESS` times how much the pass of each age resembles the present; the youngest is always the last
         self._resemblance = np.zeros(MEMORY, np.float32)
         self._resemblances = np.zeros((layers, MEMORY), np.float32)  # at the last visits
+        self._impact = np.full(experts, (1.0 - FADE) * SHARPNESS, np.float32)
         age = np.arange(MEMORY, 0, -1)
         self._offset = (age * math.log(FRESHNESS) - SHARPNESS * ENOUGH).astype(np.float32)
-        self._recall = np.zeros((2, LATER + MEMORY), np.float32)  # scratch
+        self._weight = np.zeros(LATER + MEMORY, np.float32)  # scratch; the first ones stay zero
+        self._ones = np.ones(MEMORY, np.float32)
 
     def observe(self, layer: int, experts: list[int]) -> None:
         """One visit of a layer, which wanted these experts."""
         if layer <= self._layer:
             self._next_pass()
-        column, wanted, size = self._column, self._wanted[layer], len(experts)
-        self._layer, self._columns[layer] = layer, column
-        activity, uses = self._activity[layer], self._uses[layer]
-        if not self._visits[layer]:  # averages start at an even share
-            activity.fill(size / len(uses))
-        self._visits[layer] += 1
-        self._width[layer] = size / len(uses)
+        column, wanted, activity, size = self._column, self._wanted[layer], self._activity[layer], len(experts)
         chosen = np.array(experts)
+        use = np.zeros(self._experts, np.float32)
+        use[chosen] = 1.0
+        if not self._visits[layer]:  # averages start at an even share
+            activity[:-1] = size / self._experts
         activity *= self._keep
-        activity[:, chosen] += self._gain
-        uses[chosen] += 1.0
-        first = max(0, column - MEMORY)
-        resemblance = self._resemblance[first - column :] if column else self._resemblance[:0]
-        alike = np.add.reduce(wanted[chosen, first:column], axis=0)
-        alike /= np.maximum(self._size[layer, first:column], size)  # not overlap / size: a prefill overlaps everything
-        resemblance *= FADE
-        resemblance += alike * np.float32(1.0 - FADE)
-        self._resemblances[layer] = self._resemblance
+        activity += self._gain * use
+        self._layer, self._columns[layer] = layer, column
+        self._visits[layer] += 1
+        self._share[layer] = size / self._experts
         wanted[chosen, column] = 1.0
+        resemblance = self._resemblance
+        if column:
+            first = max(0, column - MEMORY)
+            alike = self._impact[:size] @ wanted[chosen, first:column]
+            alike /= np.maximum(self._size[layer, first:column], size)  # by both sizes: a prefill overlaps everything
+            resemblance *= FADE
+            resemblance[first - column :] += alike
         self._size[layer, column] = size
+        self._resemblances[layer] = resemblance
 
     def features(self, layer: int) -> NDArray[np.float32]:
         """What `FEATURES` names, for every expert of a layer, as of the layer's last visit; chances are logits."""
-        averages, last = len(HALF_LIVES), self._columns[layer]
-        found = np.empty((len(FEATURES), self._activity.shape[2]), np.float32)
-        found[:averages] = self._activity[layer]
-        frequency = found[averages]
-        np.add(self._uses[layer], self._width[layer], out=frequency)
+        last, averages = self._columns[layer], len(HALF_LIVES)
+        found = np.empty((len(FEATURES), self._experts), np.float32)
+        found[: averages + 1] = self._activity[layer]
+        frequency, recalled, recalled_later = found[averages : averages + 3]
+        frequency += self._share[layer]
         frequency /= self._visits[layer] + 1
+        recalled[:] = recalled_later[:] = frequency
         size = min(last, MEMORY)
-        recall = self._recall[:, : LATER + size]  # weights of the visits that came next, and later, by column
         if size:
-            weight = self._resemblances[layer, -size:] * np.float32(SHARPNESS)
-            weight += self._offset[-size:]
-            np.exp(weight, out=recall[0, LATER:])
-            later = recall[1, LATER:]
-            np.add(recall[0, 2:-1], recall[0, 1:-2], out=later)
-            later += recall[0, :-LATER]
-            later *= np.float32(1.0 / LATER)
-        weights = recall[:, LATER:]
-        recalled = found[averages + 1 : averages + 3]
-        np.matmul(weights, self._wanted[layer, :, last + 1 - size : last + 1].T, out=recalled)
-        recalled += frequency
-        recalled /= np.add.reduce(weights, axis=1, keepdims=True) + np.float32(1.0)
+            weight = self._weight[: LATER + size]  # by pass; what came next is one column on, what came later is more
+            ones, successors = self._ones[:size], self._wanted[layer, :, last + 1 - size : last + 1]
+            now = weight[LATER:]
+            np.add(self._resemblances[layer, -size:], self._offset[-size:], out=now)
+            np.exp(now, out=now)
+            recalled += successors @ now
+            recalled /= float(ones @ now) + 1.0
+            now = weight[2:-1] + weight[1:-2]
+            now += weight[:-LATER]
+            now *= 1.0 / LATER
+            recalled_later += successors @ now
+            recalled_later /= float(ones @ now) + 1.0
         chances = found[:-1]
         np.maximum(chances, EDGE, out=chances)
         np.minimum(chances, 1.0 - EDGE, out=chances)

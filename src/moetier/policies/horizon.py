@@ -46,11 +46,10 @@ class Horizon:
         self._history = History(layers, experts)
         self._models = np.array([weights.next, weights.later], np.float32)
         self._visited: dict[int, None] = {}  # layers whose returns are out of date; in order, for determinism
-        self._returns = np.full((layers, experts), CEILING, np.float32)  # expected in vain
-        self._flat_returns = self._returns.reshape(-1)
+        self._nearness = np.full(layers * experts, -CEILING, np.float32)  # less the layers until
         self._layer_of = np.arange(layers * experts) // experts
         until = (np.arange(layers) - np.arange(layers)[:, None] - 1) % layers + 1
-        self._until = (until / layers).astype(np.float32)  # by layer of the access, then of the expert
+        self._approach = (-until / layers).astype(np.float32)  # by layer of the access, then of the expert
 
     def on_access(self, access: Access) -> None:
         """Remember the routing; what follows from it is worked out when a victim is sought."""
@@ -75,18 +74,19 @@ class Horizon:
             self._look_ahead(layer)
         self._visited.clear()
         ids = self._residents.ids()
-        distance = self._flat_returns.take(ids)
-        distance += self._until[access.layer].take(self._layer_of.take(ids))
-        return self._residents.ascending(np.negative(distance, out=distance))
+        nearness = self._nearness.take(ids)
+        nearness += self._approach[access.layer].take(self._layer_of.take(ids))
+        return self._residents.ascending(nearness)
 
     def _look_ahead(self, layer: int) -> None:
-        """Refresh the expected returns in vain of a layer's experts."""
+        """Work out the distances of a layer's experts."""
         odds = np.exp(self._models @ self._history.features(layer))
-        odds += np.float32(1.0)
-        unwanted = np.reciprocal(odds, out=odds)  # at the next return; at a later one
-        later = unwanted[1]
-        returns = later + np.float32(1.0)
+        odds += 1.0
+        miss, later = np.reciprocal(odds, out=odds)  # chances to be of no use: at the next return, at one after that
+        returns = later + 1.0
         for _ in range(CEILING - 2):
             returns *= later
-            returns += np.float32(1.0)
-        np.multiply(returns, unwanted[0], out=self._returns[layer])
+            returns += 1.0
+        returns *= miss
+        experts = len(returns)
+        np.negative(returns, out=self._nearness[layer * experts : (layer + 1) * experts])
