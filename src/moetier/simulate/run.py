@@ -112,9 +112,10 @@ def simulate_accesses(
         accesses, fit = _one_by_one(accesses), None if fit is None else _one_by_one(fit)
     largest = max((len(access.keys) for access in accesses), default=1)
     tiers = tier_configs(config, parts, 0 if config.staging else largest)
-    needs_clock = config.host_slots or config.predictor or config.warm_pinning or config.timing or config.dirty
     driver: Driver
-    if needs_clock:
+    if config.dirty or any(
+        option is not None for option in (config.host_slots, config.predictor, config.warm_pinning, config.timing)
+    ):
         driver = Clock(tiers, layers, experts, config, top_k or largest)
     else:
         driver = InstantDriver(tiers, layers, experts)
@@ -127,7 +128,7 @@ def simulate_accesses(
     result = _result(driver, accesses, config, layers)
     result.steps, result.tokens = steps, steps if tokens is None else tokens
     result.timeline, result.wall_seconds = timeline, elapsed
-    result.extra_staging = tiers[0][0].staging - config.staging // parts
+    result.extra_staging = 0 if config.staging or not has_admission(config.policy) else largest
     return result
 
 
@@ -143,6 +144,8 @@ def _check(config: SimulationConfig, parts: int) -> None:
         raise ConfigError(f"admission {config.admission!r} needs staging slots; give staging, of `slots`")
     if config.host_policy is not None and config.host_slots is None:
         raise ConfigError("host_policy is of the second tier; give host_slots too")
+    if config.predictor is None and config.prefetch_displace:
+        raise ConfigError("prefetch_displace does nothing without a predictor")
     if config.floor and parts > 1:
         raise ConfigError("floor is for scope global: with scope layer no layer can displace another's records")
     if config.timing is not None and config.semantics == "sequential":
