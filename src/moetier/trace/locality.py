@@ -6,6 +6,7 @@ Mixture-of-Experts Models" (arXiv 2505.16056). Every token counts as decoded by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,19 +122,29 @@ def co_occurrence(trace: Trace, seed: int = 0) -> dict[str, CoOccurrence | None]
     """Pairs in the `same_layer` (None if tokens use one expert), and across `next_layer` (None if there is one layer).
 
     For each pair of experts the share of tokens that use both; the sum of squares is the chance that two random pairs
-    are the same. The shuffles keep every expert's popularity, and have the same number of pairs, so that what chance
-    alone gives cancels.
+    are the same. Shuffles keep every expert's popularity and have the same number of pairs, so that what chance alone
+    gives cancels. Across layers the tokens of one are permuted. In one layer, where a token's experts exclude each
+    other, random pairs of tokens swap experts they do not share, which keeps the tokens' sets proper (the
+    fixed-margins null of ecology; Connor and Simberloff, 1979).
     """
     rng = np.random.default_rng(seed)
-    shuffles = (rng.permutation(trace.tokens), _within(trace, rng))
+    orders = (lambda: rng.permutation(trace.tokens), lambda: _within(trace, rng))
+    in_order = np.argsort(trace.sequence, kind="stable")
+    permuted = np.empty(trace.tokens, dtype=np.int64)
+    permuted[in_order] = orders[1]()  # each token's place is taken by one of its sequence
+    permutations = (orders[0](), permuted)
     same: list[list[float]] = []
     cross: list[list[float]] = []
     for layer in range(trace.layers):
         here = trace.experts[:, layer]
-        same.append([_repeats(here, here[rows], trace.num_experts, True) for rows in (slice(None), *shuffles)])
+        same.append([_repeats(here, here, trace.num_experts, True)])
+        for order, pairs in zip(orders, (np.zeros_like(trace.sequence), trace.sequence), strict=True):
+            shuffled = _swapped(here, pairs, order, rng)
+            same[-1].append(_repeats(shuffled, shuffled, trace.num_experts, True))
         if layer + 1 < trace.layers:
             ahead = trace.experts[:, layer + 1]
-            cross.append([_repeats(here, ahead[rows], trace.num_experts, False) for rows in (slice(None), *shuffles)])
+            shuffles = (ahead, *(ahead[rows] for rows in permutations))
+            cross.append([_repeats(here, other, trace.num_experts, False) for other in shuffles])
     return {"same_layer": _ratio(same), "next_layer": _ratio(cross)}
 
 
@@ -146,10 +157,29 @@ def _ratio(repeats: list[list[float]]) -> CoOccurrence | None:
 
 
 def _within(trace: Trace, rng: np.random.Generator) -> NDArray[np.int64]:
-    """A permutation of the tokens that keeps each in its sequence."""
-    rows = np.empty(trace.tokens, dtype=np.int64)
-    rows[np.argsort(trace.sequence, kind="stable")] = np.lexsort((rng.random(trace.tokens), trace.sequence))
-    return rows
+    """The tokens in random order, sequence by sequence."""
+    return np.lexsort((rng.random(trace.tokens), trace.sequence))
+
+
+def _swapped(
+    experts: NDArray[np.int16],
+    group: NDArray[np.int32],
+    order: Callable[[], NDArray[np.int64]],
+    rng: np.random.Generator,
+) -> NDArray[np.int16]:
+    """[T, K] after rounds in which neighbours of a random order, if of one group, try to swap an expert each."""
+    experts = experts.copy()
+    for _ in range(4 * experts.shape[1]):
+        rows = order()
+        one, other = rows[: len(rows) // 2 * 2 : 2], rows[1::2]
+        together = group[one] == group[other]
+        one, other = one[together], other[together]
+        i, j = rng.integers(0, experts.shape[1], (2, len(one)))
+        x, y = experts[one, i], experts[other, j]
+        proper = (x >= 0) & (y >= 0) & (experts[one] != y[:, None]).all(axis=1)
+        proper &= (experts[other] != x[:, None]).all(axis=1)
+        experts[one[proper], i[proper]], experts[other[proper], j[proper]] = y[proper], x[proper]
+    return experts
 
 
 def _repeats(one: NDArray[np.int16], other: NDArray[np.int16], experts: int, unordered: bool) -> float:
