@@ -9,7 +9,7 @@ attention that grows with the context, sampling, other processes. docs/planner.m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from moetier.errors import ConfigError
 from moetier.profile import Profile
 from moetier.simulate.clock import Clock
 from moetier.simulate.config import Link, SimulationConfig, Timing
-from moetier.tiers import configure
+from moetier.tiers import TierConfig, configure
 from moetier.trace import Trace
 
 ENOUGH = 24  # observations of a kind, before anything is concluded from them
@@ -32,36 +32,35 @@ FLAT = 0.05  # hit rate above the share of slots: below it the cache gives littl
 class Observation:
     """One access of a warm run; times in seconds.
 
-    `beside` experts were computed before the last miss had arrived. `before` is the time since the access before it
-    ended, `after_miss` says whether that one missed. `loading` is the time from its start to the arrival of its last
-    miss, in the fastest tier; `from_disk` of the `misses` came from home, the others from the host tier.
+    `before` is the time since the access before it ended, `after_miss` says whether that one missed. `beside` experts
+    were computed before the last miss had arrived. The thread waited `waits` times, `wait` seconds in all, of which it
+    needed `wake` to go on after the arrival that it waited for.
     """
 
-    layer: int
-    experts: int
+    access: Access
     misses: int
-    from_disk: int
-    beside: int
     before: float
     after_miss: bool
+    beside: int
     compute: float
     decide: float
-    loading: float
+    waits: int
+    wait: float
+    wake: float
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What a machine was found to do with one model: the timing fitted, and what it rests on.
 
-    `disk_alone` is the disk with nothing else going on, as read by the engine's readers: GB/s, and seconds of latency.
-    `loads_observed` says whether the timing's disk is the one observed beside the math, or that one.
+    `disk_alone` is the disk with nothing else going on, as read by the engine's readers; the timing's disk is what it
+    gives beside the math.
     """
 
     timing: Timing
     disk_alone: Link
     observations: int
     missing: int
-    loads_observed: bool
     warm_tokens_per_second: float
     warm_slots: int
     direct_io: bool
@@ -71,71 +70,83 @@ class Measured:
         return asdict(self)
 
 
-def fit(observations: Sequence[Observation], record_nbytes: int, disk_alone: Link, h2d: Link | None = None) -> Timing:
-    """The timing that explains the observations: means, from which the outermost twentieths are left out.
+def fit(observations: Sequence[Observation], record_nbytes: int, disk: Link, h2d: Link | None = None) -> Timing:
+    """The timing that explains the decode accesses among the observations, but for the waiting: see `calibrate`.
 
-    Clean accesses (all hits) give the math and the rest of a layer; those that miss give what is added to it. The sum
-    of the time observed is kept: what math beside copies took longer becomes `contention`, what decisions and the next
-    layer took longer becomes `miss_seconds`. The disk is fitted to the loads observed beside the math, as latency plus
-    seconds per record, where there are enough of them; else `disk_alone` is taken. Raises `ConfigError` for too few
-    observations.
+    Means, from which the outermost twentieths are left out. Clean accesses (all hits) give the math of an expert and
+    the rest of a layer; those that miss give what is added to it: math beside copies takes longer (`contention`), so do
+    decisions and the layer that follows (`miss_seconds`). Raises `ConfigError` for too few clean accesses.
     """
-    clean = [seen for seen in observations if not seen.misses]
-    missed = [seen for seen in observations if seen.misses]
+    decode = [seen for seen in observations if seen.access.phase is Phase.DECODE and seen.access.keys]
+    clean = [seen for seen in decode if not seen.misses]
+    missed = [seen for seen in decode if seen.misses]
     if len(clean) < ENOUGH:
         raise ConfigError(
-            f"the warm run had {len(clean)} accesses without a miss, at least {ENOUGH} are needed to tell math from "
-            "waiting; give it more tokens or more slots"
+            f"the warm run had {len(clean)} accesses without a miss; at least {ENOUGH} are needed to tell math from "
+            "waiting: give it more tokens or more slots"
         )
-    experts = sum(seen.experts for seen in clean)
-    expert_seconds = _mean([seen.compute / seen.experts for seen in clean]) if experts else 0.0
+    expert_seconds = _mean([seen.compute / len(seen.access.keys) for seen in clean])
     decide = _mean([seen.decide for seen in clean])
-    between = [seen.before for seen in observations if seen.layer and not seen.after_miss]
-    layer_seconds = _mean(between) if len(between) >= ENOUGH else _mean([o.before for o in observations if o.layer])
-    steps = [seen.before for seen in observations if not seen.layer and not seen.after_miss]
+    inner = [seen for seen in decode if seen.access.layer]
+    between = [seen.before for seen in inner if not seen.after_miss]
+    layer_seconds = _mean(between if len(between) >= ENOUGH else [seen.before for seen in inner] or [0.0])
+    steps = [seen.before for seen in decode if not seen.access.layer]
     step_seconds = max(0.0, _mean(steps) - layer_seconds) if steps else 0.0
-    contention = miss_seconds = 0.0
+    contention = miss_seconds = wake_seconds = 0.0
     if len(missed) >= ENOUGH:
-        alone = expert_seconds * sum(seen.experts for seen in missed)
-        beside = expert_seconds * sum(seen.beside for seen in missed)
-        longer = sum(seen.compute for seen in missed) - alone
-        contention = min(2.0, max(0.0, longer / beside)) if beside else 0.0
-        later = [seen.before for seen in observations if seen.layer and seen.after_miss]
+        usual = _middle(missed, lambda seen: seen.compute / len(seen.access.keys))
+        longer = sum(seen.compute - expert_seconds * len(seen.access.keys) for seen in usual)
+        beside = expert_seconds * sum(seen.beside for seen in usual)
+        contention = max(0.0, longer / beside) if beside else 0.0
+        later = [seen.before for seen in inner if seen.after_miss]
         late = _mean(later) - layer_seconds if later else 0.0
         miss_seconds = max(0.0, _mean([seen.decide for seen in missed]) - decide + late)
-    observed = _fit_loads(missed, record_nbytes, disk_alone) if h2d is None else None
+    if waited := [seen for seen in missed if seen.waits]:
+        wake_seconds = _mean([seen.wake / seen.waits for seen in waited])
     return Timing(
         record_nbytes,
-        disk_read=observed or disk_alone,
+        disk_read=disk,
         h2d=h2d or Link(12.0, 1e-5),
         layer_seconds=layer_seconds + decide,
         expert_seconds=expert_seconds,
         step_seconds=step_seconds,
         contention=contention,
         miss_seconds=miss_seconds,
+        wake_seconds=wake_seconds,
     )
 
 
-def _fit_loads(missed: Sequence[Observation], record_nbytes: int, alone: Link) -> Link | None:
-    """Latency and bandwidth from the time until the last of m misses had arrived, by least squares over the means."""
-    by_misses: dict[int, list[float]] = {}
-    for seen in missed:
-        if seen.from_disk == seen.misses:
-            by_misses.setdefault(seen.misses, []).append(seen.loading)
-    if sum(map(len, by_misses.values())) < ENOUGH:
-        return None
-    counts = np.array(sorted(by_misses), dtype=float)
-    means = np.array([_mean(by_misses[int(count)]) for count in counts])
-    weights = np.array([len(by_misses[int(count)]) for count in counts], dtype=float)
-    seconds = float((weights * counts * means).sum() / (weights * counts**2).sum())  # through the origin
-    latency = 0.0
-    if len(counts) > 1:
-        slope, offset = np.polyfit(counts, means, 1, w=np.sqrt(weights))
-        if slope > 0 and offset > 0:
-            seconds, latency = float(slope), float(offset)
-    if seconds <= 0:
-        return None
-    return Link(record_nbytes / seconds / 1e9, latency, alone.depth)
+def calibrate(
+    timing: Timing, observations: Sequence[Observation], layers: int, experts: int, tiers: Sequence[TierConfig]
+) -> Timing:
+    """The timing with the disk's bandwidth beside the math: the one at which the warm run, served again on the virtual
+    clock, waits as long as it really did.
+
+    At most four times faster or slower than given; as it is where the run did not wait.
+    """
+    waited = sum(seen.wait for seen in observations if seen.access.phase is Phase.DECODE)
+    work = Workday([seen.access for seen in observations], layers, experts, 1)
+    if waited <= 0 or not any(seen.misses for seen in observations):
+        return timing
+
+    def at(factor: float) -> Timing:
+        return replace(timing, disk_read=replace(timing.disk_read, gbps=timing.disk_read.gbps * factor))
+
+    low, high = 0.25, 4.0  # too slow, too fast
+    for _ in range(12):
+        middle = (low * high) ** 0.5
+        if serve(work, tiers, at(middle)).wait > waited:
+            low = middle
+        else:
+            high = middle
+    return at((low * high) ** 0.5)
+
+
+def _middle(seen: Sequence[Observation], value: Callable[[Observation], float]) -> list[Observation]:
+    """Without the outermost twentieths."""
+    ranked = sorted(seen, key=value)
+    cut = len(ranked) // 20
+    return ranked[cut : len(ranked) - cut]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -222,6 +233,39 @@ class Forecast:
     bound: str = ""
 
 
+@dataclass(slots=True)
+class Served:
+    """What happened in the accesses that count: numbers of records, seconds."""
+
+    needs: int = 0
+    hits: int = 0
+    loads: int = 0
+    seconds: float = 0.0
+    compute: float = 0.0
+    wait: float = 0.0
+
+
+def serve(work: Workday, tiers: Sequence[TierConfig], timing: Timing | None) -> Served:
+    """Serve the accesses on the virtual clock; decode accesses from `count_from` on are counted."""
+    config = SimulationConfig(tiers[0].policy, tiers[0].slots, timing=timing)
+    clock = Clock([list(tiers)], work.layers, work.experts, config, work.top_k)
+    core, disk, found = clock.caches[0], clock.links[0], Served()
+    clock.run(work.accesses[: work.count_from])
+    for access in work.accesses[work.count_from :]:
+        if access.phase is not Phase.DECODE:
+            clock.run([access])
+            continue
+        now, compute, wait, copies = clock.now, clock.seconds["compute"], clock.seconds["wait"], disk.copies
+        found.needs += len(access.keys)
+        found.hits += sum(core.holds(key) for key in access.keys)
+        clock.run([access])
+        found.loads += disk.copies - copies
+        found.seconds += clock.now - now
+        found.compute += clock.seconds["compute"] - compute
+        found.wait += clock.seconds["wait"] - wait
+    return found
+
+
 def forecast(
     work: Workday,
     slots: int,
@@ -231,41 +275,23 @@ def forecast(
     admission: str = "decode-only",
     host_slots: int | None = None,
 ) -> Forecast:
-    """Serve the accesses with so many slots, set up as the engine sets them up; count where it counts."""
+    """Serve the accesses with so many slots, set up as the engine sets them up."""
     records = work.layers * work.experts
     sizes = [slots] if host_slots is None else [slots, host_slots]
-    configs = [configure(size, records, work.layers, work.top_k, policy, admission) for size in sizes]
-    config = SimulationConfig(policy, slots, host_slots, timing=timing)
-    clock = Clock([configs], work.layers, work.experts, config, work.top_k)
-    core, disk = clock.caches[0], clock.links[0]
-    clock.run(work.accesses[: work.count_from])
-    needs = hits = loads = 0
-    seconds, parts = 0.0, {"compute": 0.0, "wait": 0.0}
-    for access in work.accesses[work.count_from :]:
-        counts = access.phase is Phase.DECODE
-        before = clock.now, dict(clock.seconds), disk.copies
-        resident = sum(core.holds(key) for key in access.keys) if counts else 0
-        clock.run([access])
-        if counts:
-            needs += len(access.keys)
-            hits += resident
-            loads += disk.copies - before[2]
-            seconds += clock.now - before[0]
-            for name in parts:
-                parts[name] += clock.seconds[name] - before[1][name]
-    tokens = work.tokens
+    tiers = [configure(size, records, work.layers, work.top_k, policy, admission) for size in sizes]
+    found, tokens = serve(work, tiers, timing), work.tokens
     counted: dict[str, Any] = {}
-    if timing is not None and seconds > 0:
-        counted = {name: value / tokens for name, value in parts.items()}
-        counted["tokens_per_second"] = tokens / seconds
-        counted["bound"] = "disk" if parts["wait"] > parts["compute"] else "compute"
+    if timing is not None and found.seconds > 0:
+        counted = {"compute": found.compute / tokens, "wait": found.wait / tokens}
+        counted["tokens_per_second"] = tokens / found.seconds
+        counted["bound"] = "disk" if found.wait > found.compute else "compute"
     return Forecast(
         slots,
         host_slots,
         slots / records,
-        hits / max(1, needs),
-        loads / tokens,
-        loads * record_nbytes / tokens,
+        found.hits / max(1, found.needs),
+        found.loads / tokens,
+        found.loads * record_nbytes / tokens,
         **counted,
     )
 

@@ -19,7 +19,7 @@ from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError
-from moetier.forecast import Measured, Observation, fit
+from moetier.forecast import Measured, Observation, calibrate, fit
 from moetier.mover import ThreadMover
 from moetier.simulate.config import Link
 from moetier.stores import ExpertStore
@@ -33,7 +33,7 @@ ROUNDS = 24  # of reads, at each width
 def measure(model: Any, tokens: Sequence[int], prompt: int = 4) -> Measured:
     """Decode `tokens` with a freshly loaded model, whose cache is empty, and fit a timing to what is seen.
 
-    The first `prompt` tokens are one prefill, which is not looked at. The first tokens miss much and the last ones
+    The first `prompt` tokens are one prefill, whose time is not looked at. The first tokens miss much and the last ones
     little, so that accesses of all kinds are seen. Raises `ConfigError` for too few tokens.
     """
     if len(tokens) < prompt + 8:
@@ -44,27 +44,26 @@ def measure(model: Any, tokens: Sequence[int], prompt: int = 4) -> Measured:
     cache.host.touch()  # the first use of a page costs more than every other
     h2d = _measure_h2d(cache)
     ids = torch.tensor([list(tokens)], device=model.device)
-    with torch.no_grad():
+    with torch.no_grad(), Watcher(cache) as watcher:
         output = model(input_ids=ids[:, :prompt], use_cache=True)
-        with Watcher(cache) as watcher:
-            begin = time.perf_counter()
-            for position in range(prompt, len(tokens)):
-                past = output.past_key_values
-                output = model(input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True)
-                int(output.logits[0, -1].argmax())  # what a greedy decoder does, and waits for
-            seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
+        for position in range(prompt, len(tokens)):
+            past = output.past_key_values
+            output = model(input_ids=ids[:, position : position + 1], past_key_values=past, use_cache=True)
+            int(output.logits[0, -1].argmax())  # what a greedy decoder does, and waits for
+        seconds = time.perf_counter() - begin
     seen = watcher.observations()
-    nbytes = plan.workload.record_nbytes
-    timing = fit(seen, nbytes, disk, h2d)
+    timing = fit(seen, plan.workload.record_nbytes, disk, h2d)
+    store = cache.store
+    timing = calibrate(timing, seen, store.layers, store.experts, cache.core.configs)
     return Measured(
         timing,
         disk,
         len(seen),
         sum(1 for one in seen if one.misses),
-        timing.disk_read != disk,
         (len(tokens) - prompt) / seconds,
         plan.slots,
-        bool(getattr(cache.store, "direct", False)),
+        bool(getattr(store, "direct", False)),
     )
 
 
@@ -150,14 +149,15 @@ class Watcher:
         cache, clock = self._cache, time.perf_counter
         links = cache.mover.links
         copies = [len(link.ends or ()) for link in links]
-        before = cache.compute_seconds, cache.decide_seconds
+        before = cache.compute_seconds, cache.decide_seconds, cache.wait_seconds
+        waited = cache.wait_seconds
         begin = clock()
-        given: list[tuple[float, int]] = []
+        given: list[tuple[float, int, bool]] = []  # when, how many, after a wait
         for batch in self._batches(access, limit):
-            given.append((clock(), len(batch)))
+            given.append((clock(), len(batch), cache.wait_seconds > waited))
+            waited = cache.wait_seconds
             yield batch
         end = clock()
-        arrived = [(link.ends or [])[count:] for link, count in zip(links, copies, strict=True)]
         self._rows.append(
             {
                 "access": access,
@@ -166,34 +166,36 @@ class Watcher:
                 "given": given,
                 "compute": cache.compute_seconds - before[0],
                 "decide": cache.decide_seconds - before[1],
-                "arrived": arrived,
+                "wait": cache.wait_seconds - before[2],
+                "arrived": [(link.ends or [])[count:] for link, count in zip(links, copies, strict=True)],
             }
         )
 
     def observations(self) -> list[Observation]:
-        """The decode accesses seen, without the very first, before which nothing was seen."""
-        found = []
+        """All accesses seen, in order."""
+        found, end, missed = [], None, False
         top = 0 if self._cache.device is None else 1  # the link into tier 0
-        for last, row in zip(self._rows, self._rows[1:], strict=False):
-            access: Access = row["access"]
-            if access.phase is not Phase.DECODE:
-                continue
+        for row in self._rows:
             arrived = row["arrived"][top]
-            loaded = max(arrived, default=row["begin"])
+            last = max(arrived, default=row["begin"])
+            wakes = [
+                when - max((t for t in arrived if t <= when), default=when) for when, _, late in row["given"] if late
+            ]
             found.append(
                 Observation(
-                    layer=access.layer,
-                    experts=len(access.keys),
+                    access=row["access"],
                     misses=len(arrived),
-                    from_disk=len(row["arrived"][0]),
-                    beside=sum(count for when, count in row["given"] if when < loaded),
-                    before=row["begin"] - last["end"],
-                    after_miss=bool(last["arrived"][top]),
+                    before=row["begin"] - (row["begin"] if end is None else end),
+                    after_miss=missed,
+                    beside=sum(count for when, count, _ in row["given"] if when < last),
                     compute=row["compute"],
                     decide=row["decide"],
-                    loading=loaded - row["begin"],
+                    waits=len(wakes),
+                    wait=row["wait"],
+                    wake=sum(wakes),
                 )
             )
+            end, missed = row["end"], bool(arrived)
         return found
 
 

@@ -159,7 +159,8 @@ class Clock:
         self.seconds["compute"] += self._now - begin
 
     def _wait(self, ticket: Ticket) -> None:
-        """Until the ticket has a ready expert."""
+        """Until the ticket has a ready expert, and the thread is awake."""
+        wake = self._timing.wake_seconds
         while True:
             self._drain()
             if ticket.ready:
@@ -167,8 +168,8 @@ class Clock:
             event = self._mover.next_event()
             if event is None:
                 raise MoetierError(f"access {ticket.access.time} waits for copies that nobody makes")
-            self.seconds["wait"] += event - self._now
-            self._now = event
+            self.seconds["wait"] += event + wake - self._now
+            self._now = event + wake
 
     def _drain(self) -> None:
         """Tell the caches what has ended, and let go what waited for it."""

@@ -36,7 +36,8 @@ class Timing:
     token_seconds: float = 0.0
     step_seconds: float = 0.0  # once per step: embeddings, head, sampling
     contention: float = 0.0  # compute takes this share longer while copies are under way
-    miss_seconds: float = 0.0  # once per access that has to wait for copies: decisions, waking up
+    miss_seconds: float = 0.0  # once per access that misses: decisions, cold caches
+    wake_seconds: float = 0.0  # from the arrival that the compute thread waited for until it goes on
 
 
 @dataclass(frozen=True, slots=True)
