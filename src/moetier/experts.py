@@ -48,15 +48,19 @@ class Routing:
         self.rows: dict[int, tuple[int, int]] = {}  # expert -> its range of sorted rows
         self.mass: tuple[float, ...] = ()
         gates = None
-        if with_mass:  # float64 holds both the ids and the weights exactly
-            experts, gates = torch.stack((sorted_experts.double(), self.weights.double())).cpu().numpy()
-        else:
+        if not with_mass:
             experts = sorted_experts.cpu().numpy()
+        elif index.device.type == "cpu":
+            experts, gates = sorted_experts.numpy(), self.weights.detach().float().numpy()
+        else:  # one copy: float64 holds both the ids and the weights exactly
+            experts, gates = torch.stack((sorted_experts.double(), self.weights.detach().double())).cpu().numpy()
         if len(experts):
             edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
             self.rows = {int(experts[begin]): (begin, end) for begin, end in pairwise(edges)}
             if gates is not None:
-                self.mass = tuple(np.add.reduceat(gates, edges[:-1]).tolist())
+                one_each = len(self.rows) == len(experts)
+                mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
+                self.mass = tuple(mass.tolist())
 
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
