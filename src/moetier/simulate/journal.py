@@ -6,11 +6,11 @@ that decides. Knows nothing of processes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +79,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         try:
-            self._file = open(self.path, "a+b")  # noqa: SIM115  closed in __exit__
+            self._file = open(self.path, "a+b")
         except OSError as error:
             raise ConfigError(f"resume: {self.path} cannot be opened: {error.strerror}") from None
         try:
@@ -140,9 +140,6 @@ class Journal:
             raise ConfigError(
                 f"resume: {self.path}, line {number}: not a result of a sweep; give another file, or a new one"
             ) from None
-        try:
+        # A result of another version, whose fields differ, has another key too, and is not asked for.
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             self.results[key] = result_from_dict(values)
-        except (KeyError, TypeError, ValueError):
-            pass  # of another version, whose fields differ: it has another key too, and is not asked for
-
-

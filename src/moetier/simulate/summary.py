@@ -14,7 +14,7 @@ from moetier.simulate.config import Result
 from moetier.simulate.workers import Failure
 from moetier.trace import Trace
 
-__all__ = ["BASELINE", "Cell", "Measure", "Panel", "TraceSummary", "is_oracle", "measures", "panels"]
+__all__ = ["BASELINE", "Cell", "Measure", "Panel", "TraceSummary", "all_results", "is_oracle", "measures", "panels"]
 
 BASELINE = "lru"  # the gap is measured from here
 ORACLES = ("belady", "belady-forced")  # and to the first of these that was simulated
@@ -110,7 +110,12 @@ class Panel:
         Empty where one of the three is missing, or where there is no distance worth the name.
         """
         cell, low, high = self.cells.get((policy, slots)), self.cells.get((BASELINE, slots)), self.oracle(slots)
-        if cell is None or low is None or high is None or not len(cell.results) == len(low.results) == len(high.results):
+        if (
+            cell is None
+            or low is None
+            or high is None
+            or not len(cell.results) == len(low.results) == len(high.results)
+        ):
             return []
         triples = zip(cell.results, low.results, high.results, strict=True)
         rates = [(own.hit_rate, bottom.hit_rate, top.hit_rate) for own, bottom, top in triples]
@@ -199,6 +204,11 @@ class TraceSummary:
     fit: str  # where fitted policies learnt, in words
     failures: list[Failure] = field(default_factory=list)
     limit: int | None = None
+
+
+def all_results(summary: TraceSummary) -> list[Result]:
+    """Of all panels."""
+    return [result for panel in summary.panels for cell in panel.cells.values() for result in cell.results]
 
 
 def panels(results: Sequence[Result], trace: Trace) -> list[Panel]:

@@ -214,5 +214,3 @@ def _serve(end: Connection) -> None:
         simulator = Simulator(trace, fit)
         while True:
             end.send(simulator.run(end.recv()))
-
-
