@@ -13,7 +13,7 @@ from typing import Any
 from moetier.plan import format_size
 from moetier.simulate.config import Link, Result, SimulationConfig, Timing
 from moetier.simulate.run import has_admission
-from moetier.simulate.summary import TraceSummary, all_results, is_oracle
+from moetier.simulate.summary import TraceSummary, all_results, is_oracle, percent
 
 __all__ = ["checklist", "trace_facts"]
 
@@ -102,7 +102,7 @@ def _demand(summary: TraceSummary) -> str:
             cell = next(cell for (_, size), cell in panel.cells.items() if size == slots)
             ratio = statistics.fmean(result.demand_ratio for result in cell.results)
             above = statistics.fmean(result.overcommitted for result in cell.results)
-            each.append(f"{ratio:.2f} at {100 * panel.share(slots):.3g} % (above 1 in {100 * above:.1f} % of accesses)")
+            each.append(f"{ratio:.2f} at {percent(panel.share(slots))} (above 1 in {100 * above:.1f} % of accesses)")
         parts.append(f"{panel.title}: {', '.join(each)}")
     return "mean per access. " + "; ".join(parts) + "."
 

@@ -11,7 +11,17 @@ from moetier.simulate import svg
 from moetier.simulate.checklist import checklist, trace_facts
 from moetier.simulate.page import CONTENT_SECURITY_POLICY, STYLE
 from moetier.simulate.report import gap_cells, has_gaps, measure_cells
-from moetier.simulate.summary import BASELINE, Cell, Measure, Panel, TraceSummary, all_results, is_oracle, measures
+from moetier.simulate.summary import (
+    BASELINE,
+    Cell,
+    Measure,
+    Panel,
+    TraceSummary,
+    all_results,
+    is_oracle,
+    measures,
+    percent,
+)
 
 __all__ = ["as_html"]
 
@@ -94,13 +104,17 @@ def _panel(name: str, panel: Panel, found: Sequence[Measure]) -> str:
 
 
 def most_telling(panel: Panel) -> int:
-    """The size at which the policies differ most, for the figures that show one size."""
+    """The size at which the policies differ most, for the figures that show one size.
+
+    Sizes below what a step touches count only if there is no other: there LRU's zero makes all differences.
+    """
 
     def width(slots: int) -> float:
-        rates = [cell.hit_rate for (_, size), cell in panel.cells.items() if size == slots]
+        rates = [cell.hit_rate for cell in panel.contenders(slots)] or [0.0]
         return max(rates) - min(rates)
 
-    return max(panel.sizes, key=width)
+    sizes = [slots for slots in panel.sizes if panel.scope == "layer" or slots >= panel.touched]
+    return max(sizes or panel.sizes, key=width)
 
 
 def _headline(panel: Panel, slots: int) -> str:
@@ -110,7 +124,7 @@ def _headline(panel: Panel, slots: int) -> str:
         return ""
     best = panel.cells[leaders[0], slots]
     text = (
-        f"With {100 * panel.share(slots):.3g} % of the experts resident, <b>{escape(best.policy)}</b> hits "
+        f"With {percent(panel.share(slots))} of the experts resident, <b>{escape(best.policy)}</b> hits "
         f"<b>{100 * best.hit_rate:.1f} %</b> of the needs"
     )
     gap = panel.gap_closed(best.policy, slots)
@@ -186,13 +200,13 @@ def _layers(panel: Panel, slots: int) -> str:
     if panel.layers < 2:
         return ""
     first = _figure(
-        f"Hit rate by layer, at {100 * panel.share(slots):.3g} % of the experts",
+        f"Hit rate by layer, at {percent(panel.share(slots))} of the experts",
         _heat_map(panel, slots),
         "One row per policy, one column per MoE layer in the order of the forward pass; numbers in % of the layer's "
-        "needs. Shown at the size where the policies differ most.",
+        "needs. Shown at the size where the policies differ most, if the cache holds a step at all.",
     )
     others = "".join(
-        f"<h4>{100 * panel.share(size):.3g} % of the experts, {size} slots</h4>"
+        f"<h4>{percent(panel.share(size))} of the experts, {size} slots</h4>"
         f"<div class=scroll tabindex=0>{_heat_map(panel, size)}</div>"
         for size in panel.sizes
         if size != slots
@@ -241,7 +255,7 @@ def _timeline(panel: Panel, slots: int) -> str:
         unit=" %",
     )
     return _figure(
-        f"Hit rate over the run, at {100 * panel.share(slots):.3g} % of the experts",
+        f"Hit rate over the run, at {percent(panel.share(slots))} of the experts",
         picture,
         f"Each point is one of {len(series[0].points)} windows of equal length"
         f"{'' if seed is None else f', of the run with seed {seed}'}. A cold cache rises at the left; drops show a "
@@ -288,7 +302,7 @@ def _waiting(panel: Panel, slots: int) -> str:
     if not picture:
         return ""
     return _figure(
-        f"Where the time goes, at {100 * panel.share(slots):.3g} % of the experts",
+        f"Where the time goes, at {percent(panel.share(slots))} of the experts",
         picture,
         "T_wait: nothing to compute, an expert on its way. The mark is the longer of all computing and the busiest "
         "link's work: no overlap of copies and computing gets below it with the same copies.",
@@ -302,8 +316,7 @@ def _figure(title: str, picture: str, caption: str) -> str:
 
 def _heads(panel: Panel) -> str:
     sizes = "".join(
-        f'<th scope="col">{100 * panel.share(slots):.3g} %<br><small>{slots} slots</small></th>'
-        for slots in panel.sizes
+        f'<th scope="col">{percent(panel.share(slots))}<br><small>{slots} slots</small></th>' for slots in panel.sizes
     )
     return f'<thead><tr><th scope="col">policy</th>{sizes}</tr></thead>'
 

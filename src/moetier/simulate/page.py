@@ -43,7 +43,8 @@ svg .name{fill:var(--c,var(--ink));font-size:13px}
 .cell rect{fill:var(--heat)}.cell text{font-size:10.5px}.cell .deep{fill:#fff}.cell .pale{fill:var(--ink)}
 .mark .part,.part{stroke:none}.part.p0,.mark .part.p0{fill:var(--p0)}.part.p1,.mark .part.p1{fill:var(--p1)}
 .bound{stroke:var(--ink);stroke-width:2.5}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93rem;margin:.6em 0 1em}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93rem;margin:.6em 0 1em;
+min-width:min(100%,600px)}
 caption{text-align:left;color:var(--soft);font-size:.9rem;padding-bottom:.4em}
 th,td{padding:.28em .9em .28em 0;text-align:right;border-bottom:1px solid var(--rule);
 white-space:nowrap;font-weight:400}

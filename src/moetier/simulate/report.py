@@ -19,6 +19,7 @@ from rich.table import Table
 from moetier.simulate.checklist import checklist
 from moetier.simulate.config import Result
 from moetier.simulate.summary import (
+    BASELINE,
     Cell,
     Measure,
     Panel,
@@ -27,6 +28,7 @@ from moetier.simulate.summary import (
     host_hit_rate,
     is_oracle,
     measures,
+    percent,
     spread,
     wait_share,
 )
@@ -41,6 +43,7 @@ def number(values: Sequence[float], digits: int = 1) -> str:
     if not values:
         return "–"
     text = f"{statistics.fmean(values):.{digits}f}"
+    text = text.removeprefix("-") if not text.strip("-0.") else text  # no minus zero
     return text if len(values) == 1 else f"{text} ±{spread(values):.{digits}f}"
 
 
@@ -57,7 +60,7 @@ def measure_cells(panel: Panel, policy: str, measure: Measure) -> list[str]:
 
 def size_heads(panel: Panel) -> list[str]:
     """`10 %\\n77 slots`."""
-    return [f"{100 * panel.share(slots):.3g} %\n{slots}" for slots in panel.sizes]
+    return [f"{percent(panel.share(slots))}\n{slots}" for slots in panel.sizes]
 
 
 def has_gaps(panel: Panel) -> bool:
@@ -77,7 +80,11 @@ def tables(summary: TraceSummary, record_nbytes: int | None = None) -> list[tupl
             rows = {policy: measure_cells(panel, policy, measure) for policy in panel.policies}
             made.append(_table(panel, f"{measure.name}, {measure.unit}", rows, bold=measure.name == "Hit rate"))
             if measure.name == "Hit rate" and has_gaps(panel):
-                rows = {policy: gap_cells(panel, policy) for policy in panel.policies if not is_oracle(policy)}
+                rows = {
+                    policy: gap_cells(panel, policy)
+                    for policy in panel.policies
+                    if policy != BASELINE and not is_oracle(policy)
+                }
                 made.append(_table(panel, "Gap between LRU and Belady closed, %", rows))
         found += [(table, panel.remarks() if table is made[-1] else []) for table in made]
     return found

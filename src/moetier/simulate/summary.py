@@ -14,7 +14,18 @@ from moetier.simulate.config import Result
 from moetier.simulate.workers import Failure
 from moetier.trace import Trace
 
-__all__ = ["BASELINE", "Cell", "Measure", "Panel", "TraceSummary", "all_results", "is_oracle", "measures", "panels"]
+__all__ = [
+    "BASELINE",
+    "Cell",
+    "Measure",
+    "Panel",
+    "TraceSummary",
+    "all_results",
+    "is_oracle",
+    "measures",
+    "panels",
+    "percent",
+]
 
 BASELINE = "lru"  # the gap is measured from here
 ORACLES = ("belady", "belady-forced")  # and to the first of these that was simulated
@@ -57,6 +68,12 @@ class Cell:
 def spread(values: Sequence[float]) -> float:
     """Standard deviation of a sample; 0 for one value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def percent(share: float) -> str:
+    """A share as people say it: whole percents where slots are rounded from them."""
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value - round(value)) < 0.2 and round(value) else f"{value:.3g} %"
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,7 @@ class Panel:
             )
         same = [slots for slots in self.sizes if self.alike(slots)]
         if same and not self.saturated:
-            where = ", ".join(f"{100 * self.share(slots):.0f} %" for slots in same)
+            where = ", ".join(percent(self.share(slots)) for slots in same)
             found.append(
                 f"At {where} of the experts the policies lie within {100 * ALIKE:.1f} points, or within twice the "
                 "spread over seeds: they are not ranked there."
@@ -187,8 +204,8 @@ class Panel:
         if tight:
             worst = max(tight, key=lambda cell: cell.results[0].overcommitted)
             found.append(
-                f"At {worst.slots} slots {100 * worst.results[0].overcommitted:.0f} % of the accesses need more experts "
-                f"than a layer's share of the slots ({worst.slots / self.layers:.1f})."
+                f"At {worst.slots} slots {100 * worst.results[0].overcommitted:.0f} % of the accesses need more experts than "
+                f"a layer's share of the slots ({worst.slots / self.layers:.1f})."
             )
         return found
 

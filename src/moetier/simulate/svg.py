@@ -19,7 +19,7 @@ DASHES = ("", "7 3", "2 3")
 
 @dataclass(frozen=True)
 class Series:
-    """A line: points (x, y), deviations of y (or none), a colour by number; below 0, a reference in the text's colour."""
+    """A line: points (x, y), deviations of y (or none), a colour by number; below 0 a reference, in the text's."""
 
     label: str
     points: Sequence[tuple[float, float]]
