@@ -70,11 +70,15 @@ class ActivationMatrix(Ranked):
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Lowest priority first."""
+        ids = self._residents.ids()
+        layers = self._layer_of.take(ids)
         if self._matched:
-            rows, sums = self._units[:, self._best], self._sums[:, self._best]
+            places = ids + layers * (self._units.shape[1] - 1) * self._experts  # in the matrices, end to end by layer
+            places += self._best * self._experts
+            ratios, sums = self._units.take(places), self._sums[:, self._best]
         else:
-            rows, sums = self._running, self._running.sum(axis=1)
-        shares = rows / np.where(sums, sums, 1.0)[:, None]
-        shares += 1e-8
-        shares *= (1.0 - self._layers_until(access.layer) / (self._layers + 1))[:, None]
-        return self._residents.ascending(shares.take(self._residents.ids()))
+            ratios, sums = self._running.take(ids), self._running.sum(axis=1)
+        ratios /= np.where(sums, sums, 1.0).take(layers)
+        ratios += 1e-8
+        ratios *= (1.0 - self._layers_until(access.layer) / (self._layers + 1)).take(layers)
+        return self._residents.ascending(ratios)

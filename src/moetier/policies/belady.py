@@ -41,6 +41,7 @@ class ForcedBelady(Ranked):
         """Be shown everything that will be accessed, in order."""
         width = max((len(access.keys) for access in accesses), default=0) or 1
         self._never = len(accesses) * width
+        self._first.clear()
         self._next_view.fill(self._never)
         self._after = array("q", bytes(8 * sum(len(access.keys) for access in accesses)))
         end = len(self._after)
@@ -83,7 +84,8 @@ class Belady(ForcedBelady):
     again before the i-th victim. Without staging slots in the tier, admission is forced all the same.
 
     Where two keys are next used by the same access, their uses after that decide: a hit key cannot be a victim while
-    its access runs, a missed one may be bypassed, so what is held then matters.
+    its access runs, a missed one may be bypassed, so what is held then matters. (Without the rule that protects hits,
+    fewer misses would be possible: an oracle could drop a key in the access that hits it.)
     """
 
     _name = "belady"

@@ -15,9 +15,9 @@ PINNED = 1 << 62  # a score: behind everything outside the set
 class Static:
     """Pins the `slots` most used experts of a fitted trace; the others, least recent first, go before them.
 
-    Ties in the counts go to the lower layer and expert. If the set itself must give way, its least used goes first. With
-    staging slots, a full tier admits what was used more than the victim, and experts outside the set (which were used
-    equally little) only to slots that the set leaves over.
+    Ties in the counts go to the lower layer and expert. If the set itself must give way, its least used goes first.
+    With staging slots, a full tier admits what was used more than the victim, and experts outside the set (which were
+    used equally little) only to slots that the set leaves over.
     """
 
     def __init__(self, layers: int, experts: int, slots: int):
