@@ -9,8 +9,10 @@ from importlib.util import find_spec
 import pytest
 
 from moetier.policies import POLICIES
+from moetier.predictors import PREDICTORS
 
 MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "eventlog", "plan", "trace", "simulate"]
+MODULES += ["prefetch", "predictors", "predictors.evaluate", "predictors.scoutgate_training"]
 
 SCRIPT = """
 import importlib, sys
@@ -39,6 +41,7 @@ assert not {"torch", "transformers"} & set(sys.modules)
 @pytest.mark.timeout(60)
 def test_decisions_import_without_torch() -> None:
     names = [f"moetier.{module}" for module in MODULES if find_spec(f"moetier.{module}")]
+    names += sorted({place.partition(":")[0] for place in PREDICTORS.values()})
     names += sorted({policy.__module__ for policy in POLICIES.values()} | {"moetier.policies.admission"})
     result = subprocess.run([sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -78,7 +78,8 @@ def evaluate(
         arguments |= {"trust_remote_code": True} if trust_remote_code else {}
         evaluation = _of_model(model, text, tokens, names, distances, console, threads, arguments)
     rows = evaluation.results()
-    Console(width=None).print(table_of(rows, per_layer))
+    output = Console()
+    (output if output.is_terminal else Console(width=110)).print(table_of(rows, per_layer))
     if json_file is not None:
         report = {"version": 1, "source": source, "texts": text or [], "results": rows}
         write_text(json_file, json.dumps(report, indent=2) + "\n", "--json")
@@ -141,28 +142,33 @@ def parse_distances(text: str) -> list[int]:
         raise ConfigError(f"--distance {text}: write numbers of layers, such as 1,2,3") from None
 
 
+COLUMNS = (
+    ("@k", "recall_k", "of the experts a layer needs, those among the k likeliest (k: as many as it needs)"),
+    ("@2k", "recall_2k", "among the 2k likeliest"),
+    ("whole", "whole_2k", "layers with all of theirs among 2k"),
+    ("new@2k", "fresh_recall_2k", "@2k of what the layer did not use for the token before: a cache may lack these"),
+    ("precise", "sure_precision", "of the experts given a probability of 0.5 or more, those that were needed"),
+    ("reach", "sure_recall", "of the experts needed, those given 0.5 or more"),
+    ("error", "calibration_error", "mean distance between probability and frequency"),
+)
+
+
 def table_of(rows: list[dict[str, Any]], per_layer: bool) -> Table:
     """The results as a table, in percent."""
-    table = Table(title="predictions, in %", title_justify="left")
-    columns = [
-        ("recall@k", "recall_k"),
-        ("recall@2k", "recall_2k"),
-        ("whole set in 2k", "whole_2k"),
-        ("new needs@2k", "fresh_recall_2k"),
-        ("precision at p≥.5", "sure_precision"),
-        ("recall at p≥.5", "sure_recall"),
-        ("calibration error", "calibration_error"),
-    ]
-    for name in ("predictor", "ahead", *(["layer"] if per_layer else [])):
-        table.add_column(name, overflow="fold")
-    for name, _ in columns:
-        table.add_column(name, justify="right")
+    legend = "; ".join(f"{title}: {meaning}" for title, _, meaning in COLUMNS)
+    table = Table(
+        title="Layers reached within the token's pass, in %" if not per_layer else "By target layer, in %",
+        title_justify="left",
+        caption=f"{legend}.",
+        caption_justify="left",
+    )
+    table.add_column("predictor", overflow="fold")
+    for name in ("ahead", *(["layer"] if per_layer else []), *(title for title, _, _ in COLUMNS)):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        parts = [("all", row), *enumerate(row["layers"])] if per_layer else [("", row)]
-        for layer, part in parts:
-            values = ["–" if part[key] is None else f"{100 * part[key]:.1f}" for _, key in columns]
-            label = [row["predictor"], str(row["distance"]), *([str(layer)] if per_layer else [])]
-            table.add_row(*label, *values)
+        for layer, part in enumerate(row["layers"]) if per_layer else [(None, row)]:
+            values = ["–" if part[key] is None else f"{100 * part[key]:.1f}" for _, key, _ in COLUMNS]
+            table.add_row(row["predictor"], str(row["distance"]), *([] if layer is None else [str(layer)]), *values)
     return table
 
 

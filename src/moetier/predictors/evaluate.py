@@ -1,4 +1,4 @@
-"""How good a predictor is on accesses it was not fitted on: recall by layer and distance, and whether it knows its odds.
+"""How good a predictor is on accesses it was not fitted on: recall by layer and distance, and calibration.
 
 Torch-free; `live` feeds it from a running model. What a prefetch would pay is not told by any of this: see
 `Prefetcher` and the simulator.
@@ -7,7 +7,7 @@ Torch-free; `live` feeds it from a running model. What a prefetch would pay is n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -121,20 +121,29 @@ class Evaluation:
         return [distance for distance in self.distances if distance >= getattr(predictor, "nearest", 1)]
 
     def results(self) -> list[dict[str, Any]]:
-        """Per predictor and distance: the summary of all layers, of each target layer, and the reliability table."""
+        """Per predictor and distance: the summary of the layers reached within the token's pass; `next_token`, that of
+        the layers beyond its end; `layers`, by target layer; and the reliability table.
+        """
         rows = []
         for name, table in self.table.items():
             for distance in sorted({distance for _, distance in table}):
-                total, layers = Quality(), []
+                same, beyond = Quality(), Quality()
                 for layer in range(self.layers):
-                    total.add(table[layer, distance])
-                    layers.append(table[layer, distance].summary())
+                    (same if layer >= distance else beyond).add(table[layer, distance])
                 bins = [
                     {"predictions": int(count), "probability": _rate(expected, count), "frequency": _rate(came, count)}
-                    for count, expected, came in total.bins
+                    for count, expected, came in same.bins
                 ]
-                row = {"predictor": name, "distance": distance, **total.summary()}
-                rows.append(row | {"layers": layers, "reliability": bins, "counts": asdict(total)})
+                rows.append(
+                    {
+                        "predictor": name,
+                        "distance": distance,
+                        **same.summary(),
+                        "next_token": beyond.summary(),
+                        "layers": [table[layer, distance].summary() for layer in range(self.layers)],
+                        "reliability": bins,
+                    }
+                )
         return rows
 
 

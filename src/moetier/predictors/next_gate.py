@@ -70,7 +70,7 @@ class NextGate(ScoredPredictor):
         self._seen.residual = residual[1]
 
     def scores(self, access: Access, target: int, distance: int) -> Scores:
-        """From each token's distance to being chosen; tokens taken as independent."""
+        """Those that a token would choose before all others; within both, from each token's distance to choosing."""
         if self._routers is None or not hasattr(self._seen, "residual"):
             raise ConfigError("next-gate asks the model's own routers: bind(model) it first")
         routed = self._routers.route(target, self._seen.residual)
@@ -81,7 +81,7 @@ class NextGate(ScoredPredictor):
             one = np.where(chosen, 0.9, 0.01)
         else:
             one = _chances(routed.scores.cpu().numpy().astype(np.float64), chosen)
-        return np.asarray(1 - np.prod(1 - one, axis=0))
+        return np.asarray((chosen.any(axis=0) + 1 - np.prod(1 - one, axis=0)) / 2)
 
 
 def _chances(ranked: Scores, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scores:
