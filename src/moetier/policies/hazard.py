@@ -123,7 +123,6 @@ class History:
         frequency, recalled, recalled_later = found[averages : averages + 3]
         frequency += self._share[layer]
         frequency /= self._visits[layer] + 1
-        recalled[:] = recalled_later[:] = frequency
         size = min(last, MEMORY)
         if size:
             weight = self._weight[: LATER + size]  # by pass; what came next is one column on, what came later is more
@@ -131,13 +130,16 @@ class History:
             now = weight[LATER:]
             np.add(self._resemblances[layer, -size:], self._offset[-size:], out=now)
             np.exp(now, out=now)
-            recalled += successors @ now
+            np.matmul(successors, now, out=recalled)
+            recalled += frequency
             recalled /= float(ones @ now) + 1.0
             now = weight[2:-1] + weight[1:-2]
             now += weight[:-LATER]
-            now *= 1.0 / LATER
-            recalled_later += successors @ now
-            recalled_later /= float(ones @ now) + 1.0
+            np.matmul(successors, now, out=recalled_later)
+            recalled_later += frequency * LATER
+            recalled_later /= float(ones @ now) + LATER  # a mean of `LATER` visits: both sums are so much larger
+        else:
+            recalled[:] = recalled_later[:] = frequency
         chances = found[:-1]
         np.maximum(chances, EDGE, out=chances)
         np.minimum(chances, 1.0 - EDGE, out=chances)

@@ -28,7 +28,9 @@ from moetier.access import Access, ExpertKey
 from moetier.policies.hazard import HazardWeights, History
 from moetier.policies.ranking import ResidentIndex
 
-CEILING = 4  # returns of a layer; more help large caches, fewer help small ones, all by less than half a point
+# Returns of a layer, as `_look_ahead` sums them. More help large caches, fewer help small ones, all by less than half
+# a point.
+CEILING = 4
 WEIGHTS = HazardWeights(
     next=(0.1016, 0.0571, 0.3270, -0.4331, 0.0383, 0.8269, -0.0333, -0.0521),
     later=(0.0478, 0.0911, 0.2812, -0.2648, 0.0456, -0.0655, 0.7011, -0.3322),
@@ -83,10 +85,10 @@ class Horizon:
         odds = np.exp(self._models @ self._history.features(layer))
         odds += 1.0
         miss, later = np.reciprocal(odds, out=odds)  # chances to be of no use: at the next return, at one after that
-        returns = later + 1.0
-        for _ in range(CEILING - 2):
-            returns *= later
-            returns += 1.0
+        returns = later * later
+        returns += 1.0
+        later += 1.0
+        returns *= later  # 1 + r + r**2 + r**3 = (1 + r**2) * (1 + r)
         returns *= miss
         experts = len(returns)
         np.negative(returns, out=self._nearness[layer * experts : (layer + 1) * experts])
