@@ -205,7 +205,11 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("hello")
     (tmp_path / "empty.npz").write_bytes(b"")
     npz(tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:300])
-    for name in ("one.npy", "text.npz", "empty.npz", "cut.npz", "absent.npz"):
+    np.savez_compressed(tmp_path / "flipped.npz", experts=np.zeros((9, 9, 9)))
+    content = bytearray((tmp_path / "flipped.npz").read_bytes())
+    content[60:70] = b"\xff" * 10
+    (tmp_path / "flipped.npz").write_bytes(content)
+    for name in ("one.npy", "text.npz", "empty.npz", "cut.npz", "flipped.npz", "absent.npz"):
         with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
             read_npz(tmp_path / name)
 

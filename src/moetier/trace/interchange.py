@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def _load_npz(path: PathLike) -> dict[str, NDArray[Any]]:
             arrays = {} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
         raise ConfigError(f"{path}: not an npz file, or damaged: {' '.join(str(error).split())[:200]}") from error
     if not arrays:
         raise ConfigError(f"{path}: holds no named arrays; an npz file is needed")

@@ -146,7 +146,7 @@ def verdict_on(summary: dict[str, Any]) -> Verdict:
     touched, records = demand["records_per_token"], trace["experts"] * trace["layers"]
     sentences.append(
         f"One token touches {touched:.0f} of {records} records. A global LRU (or FIFO, ARC, …) with fewer slots than "
-        f"{touched:.0f} ({100 * touched / records:.0f} %) hits nothing when decoding, because the layers come in a "
+        f"{touched:.0f} ({100 * touched / records:.1f} %) hits nothing when decoding, because the layers come in a "
         "loop; use a policy that knows the loop (horizon), or more slots."
     )
     full = next((count for count, share in summary["streams"].items() if share >= SATURATED), None)
