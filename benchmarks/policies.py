@@ -1,6 +1,6 @@
 """Hit rates of all eviction policies on a recorded trace: every size, scope and batch, with both oracles and noise.
 
-    python benchmarks/policies.py TRACE.parquet --name NAME [--tokens 24000] [--jobs 2] [--resume FILE]
+    python benchmarks/policies.py TRACE.parquet --name NAME [--tokens 24000] [--other-tokens 4000] [--resume FILE]
 
 Policies run on every other sequence; the sequences between are what fitted policies (`static`) are fitted on. Writes
 `benchmarks/results/policies-NAME.json`; `python benchmarks/policies.py --tables` puts the tables of all results into
@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import machine
+from common import machine_info
 from moetier.policies import POLICIES
 from moetier.simulate.config import Result, SimulationConfig
 from moetier.simulate.sweep import sweep
@@ -56,29 +56,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     fit, test = whole.split()
     runs: list[dict[str, Any]] = []
     for batch in BATCHES:
-        tokens = arguments.tokens if batch == 1 else arguments.batch_tokens
         for scope in SCOPES:
-            seeds = NOISE_SEEDS if batch == 1 and scope == "global" and not arguments.no_noise else NOISE_SEEDS[:1]
-            for seed in seeds:
-                trace, other = test.shuffled(seed).first(tokens), fit
-                if seed:
-                    trace, other = trace.relabelled(seed), fit.relabelled(seed)
-                chosen = configs(trace, batch, scope)
-                if seed:  # noise needs no more than these
-                    chosen = [config for config in chosen if config.slots != round(0.7 * trace.records)]
-                print(
-                    f"batch {batch}, {scope}, seed {seed}: {len(chosen)} runs, {trace.tokens} tokens", file=sys.stderr
-                )
-                resume = None if arguments.resume is None else f"{arguments.resume}.{batch}.{scope}.{seed}"
-                results = sweep(trace, chosen, fit=other, processes=arguments.jobs, resume=resume)
-                runs += [row(result, trace, seed) for result in results]
+            tokens = arguments.tokens if batch == 1 and scope == "global" else arguments.other_tokens
+            runs += group(arguments, test, fit, batch, scope, tokens)
+    noise = [
+        run for seed in NOISE_SEEDS for run in group(arguments, test, fit, 1, "global", arguments.other_tokens, seed)
+    ]
     return {
         "name": arguments.name,
         "trace": describe(whole, test),
-        "machine": machine(),
+        "machine": machine_info(Path(__file__).parent.parent),
         "date": datetime.now(UTC).date().isoformat(),
         "runs": runs,
+        "noise": noise,
     }
+
+
+def group(
+    arguments: argparse.Namespace, test: Trace, fit: Trace, batch: int, scope: str, tokens: int, seed: int | None = None
+) -> list[dict[str, Any]]:
+    """All policies at all sizes; with a seed, sequences in another order and experts renumbered."""
+    trace = test.shuffled(seed or 0).first(tokens)
+    if seed is not None:
+        trace, fit = trace.relabelled(seed), fit.relabelled(seed)
+    chosen = configs(trace, batch, scope)
+    print(
+        f"batch {batch}, {scope}, seed {seed}: {len(chosen)} runs, {trace.tokens} tokens", file=sys.stderr, flush=True
+    )
+    resume = None if arguments.resume is None else f"{arguments.resume}.{batch}.{scope}.{seed}"
+    results = sweep(trace, chosen, fit=fit, processes=arguments.jobs, resume=resume)
+    return [row(result, trace, seed) for result in results]
 
 
 def describe(whole: Trace, test: Trace) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def describe(whole: Trace, test: Trace) -> dict[str, Any]:
     }
 
 
-def row(result: Result, trace: Trace, seed: int) -> dict[str, Any]:
+def row(result: Result, trace: Trace, seed: int | None) -> dict[str, Any]:
     config = result.config
     return {
         "policy": config.policy,
@@ -141,12 +148,13 @@ def trace_tables(result: dict[str, Any]) -> list[str]:
             runs = [run for run in result["runs"] if (run["batch"], run["scope"]) == (batch, scope)]
             if runs:
                 lines += hit_table(runs, batch, scope)
+                if (batch, scope) == (1, "global"):
+                    lines += noise(result["noise"])
     return lines
 
 
 def hit_table(runs: list[dict[str, Any]], batch: int, scope: str) -> list[str]:
-    shares = sorted({run["share"] for run in runs if run["seed"] == 0})
-    first = [run for run in runs if run["seed"] == 0]
+    shares, first = sorted({run["share"] for run in runs}), runs
     rates = {(run["policy"], run["share"]): run["hit_rate"] for run in first}
     names = sorted({run["policy"] for run in first} - set(ORACLES), key=lambda name: -rates[name, shares[2]])
     one = first[0]
@@ -172,22 +180,24 @@ def hit_table(runs: list[dict[str, Any]], batch: int, scope: str) -> list[str]:
         closed = f"{100 * (rates[name, shares[1]] - lru) / (best - lru):.0f} %" if best > lru else ""
         moved = next(run["records_per_token"] for run in first if (run["policy"], run["share"]) == (name, shares[2]))
         lines.append(f"| {name} | {' | '.join(cells)} | {closed} | {moved:.1f} |")
-    return [*lines, "", *noise(runs, shares)]
+    return [*lines, ""]
 
 
-def noise(runs: list[dict[str, Any]], shares: list[float]) -> list[str]:
-    seeds = {run["seed"] for run in runs}
-    if len(seeds) < 2:
-        return []
-    spreads: dict[float, list[float]] = {}
-    for policy in {run["policy"] for run in runs}:
+def noise(runs: list[dict[str, Any]]) -> list[str]:
+    shares = sorted({run["share"] for run in runs})
+    spreads: dict[float, list[float]] = {share: [] for share in shares}
+    for policy in sorted({run["policy"] for run in runs}):
         for share in shares:
             values = [run["hit_rate"] for run in runs if (run["policy"], run["share"]) == (policy, share)]
-            if len(values) > 1:
-                spreads.setdefault(share, []).append(statistics.stdev(values))
-    text = ", ".join(f"{100 * max(values):.1f} at {share:.0%}" for share, values in sorted(spreads.items()))
+            spreads[share].append(statistics.stdev(values))
+    text = ", ".join(
+        f"{100 * statistics.median(values):.2f} (at most {100 * max(values):.2f}) at {share:.0%}"
+        for share, values in spreads.items()
+    )
+    seeds, tokens = len({run["seed"] for run in runs}), runs[0]["tokens"]
     return [
-        f"Noise over {len(seeds)} orders and numberings, largest standard deviation of any policy, in points: {text}.",
+        f"Noise: standard deviation over {seeds} orders of the sequences and numberings of the experts (which decide "
+        f"ties), {tokens:,} tokens each, median over policies, in points: {text}.",
         "",
     ]
 
@@ -196,10 +206,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", nargs="?", help="a trace file")
     parser.add_argument("--name", default="trace")
-    parser.add_argument("--tokens", type=int, default=24_000, help="of the batch-1 tables")
-    parser.add_argument("--batch-tokens", type=int, default=8_000, help="of the others")
+    parser.add_argument("--tokens", type=int, default=24_000, help="of the table for one stream and global slots")
+    parser.add_argument("--other-tokens", type=int, default=4_000, help="of the other tables, and of the noise")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--no-noise", action="store_true")
     parser.add_argument("--resume", help="keep finished runs in files that begin so")
     parser.add_argument("--tables", action="store_true", help="only write the tables of all results")
     arguments = parser.parse_args()
