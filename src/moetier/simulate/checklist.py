@@ -70,7 +70,7 @@ def checklist(summary: TraceSummary, record_nbytes: int | None = None) -> list[t
         ("Bytes moved", _bytes(configs, record_nbytes)),
         ("Fit source", summary.fit),
         ("Oracles", _oracles(configs, results)),
-        ("Seeds and ties", _noise(configs)),
+        ("Seeds and ties", _noise(configs, len(summary.trace.sequences()))),
     ]
     optional = [
         ("Admission", _admission(configs)),
@@ -132,15 +132,16 @@ def _oracles(configs: Sequence[SimulationConfig], results: Sequence[Result]) -> 
     return "; ".join(texts) + "." if texts else "none was simulated: no gap can be stated."
 
 
-def _noise(configs: Sequence[SimulationConfig]) -> str:
+def _noise(configs: Sequence[SimulationConfig], sequences: int) -> str:
     seeds = sorted({config.seed for config in configs if config.seed is not None})
     ties = "Ties within a policy fall by rules of its own (recency, else layer and expert number)"
     if not seeds:
         return f"one run, sequences in recorded order: no measure of noise (--seeds gives one). {ties}."
     relabelled = "; experts were renumbered for every seed, so that the spread has the noise of ties in it"
+    few = f" The trace has only {sequences} sequences to shuffle: the spread says little." if sequences < 5 else ""
     return (
         f"mean ± standard deviation over {len(seeds)} runs, each with the sequences in another order, one after "
-        f"another. {ties}{relabelled if any(config.relabel for config in configs) else ''}."
+        f"another. {ties}{relabelled if any(config.relabel for config in configs) else ''}.{few}"
     )
 
 

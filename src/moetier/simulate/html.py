@@ -78,7 +78,8 @@ def _trace(number: int, summary: TraceSummary, record_nbytes: int | None) -> str
         for failure in summary.failures
     )
     return (
-        f'<section class=trace id="t{number}"><h2>{escape(summary.name)}</h2><dl class=facts>{facts}</dl></section>'
+        f'<section class=trace id="t{number}"><h2>The trace: {escape(summary.name)}</h2>'
+        f"<dl class=facts>{facts}</dl></section>"
         + (f"<section class=failed><h2>Failed simulations</h2><ul>{failed}</ul></section>" if failed else "")
         + "".join(_panel(f"t{number}p{index}", panel, found) for index, panel in enumerate(summary.panels))
         + f'<section id="t{number}checklist"><h2>Conditions of these numbers</h2>'
@@ -136,7 +137,7 @@ def _headline(panel: Panel, slots: int) -> str:
         )
     if len(leaders) > 1:
         text += f"; not to be told from it: {escape(', '.join(leaders[1:]))}"
-    return f"<p class=headline>{text}.</p>"
+    return f"<p class=headline>{text}.</p>".replace(" %", "\u00a0%")
 
 
 def colours(panel: Panel) -> dict[str, int]:
@@ -189,7 +190,7 @@ def _hit_curves(panel: Panel) -> str:
 
 def _x_ticks(shares: Sequence[float]) -> list[float]:
     """The sizes that were simulated, unless there are too many or they stand too close."""
-    rounded = [round(share, 1) for share in shares]
+    rounded = [round(share) if abs(share - round(share)) < 0.2 else round(share, 1) for share in shares]
     span = max(rounded) - min(rounded)
     close = any(after - before < 0.06 * span for before, after in pairwise(rounded))
     return [] if len(rounded) > 12 or close else rounded

@@ -203,9 +203,10 @@ class Panel:
         tight = [cell for cell in self.cells.values() if cell.results[0].overcommitted > 0]
         if tight:
             worst = max(tight, key=lambda cell: cell.results[0].overcommitted)
+            above = 100 * worst.results[0].overcommitted
             found.append(
-                f"At {worst.slots} slots {100 * worst.results[0].overcommitted:.0f} % of the accesses need more experts than "
-                f"a layer's share of the slots ({worst.slots / self.layers:.1f})."
+                f"At {worst.slots} slots {above:.0f} % of the accesses need more experts than a layer's share of the "
+                f"slots ({worst.slots / self.layers:.1f})."
             )
         return found
 
@@ -287,10 +288,13 @@ def measures(results: Sequence[Result], record_nbytes: int | None) -> list[Measu
     unit = "MB per token" if known else "experts per token"
     found.append(Measure("Traffic", unit, moved, 2 if known else 1, f"Total traffic: {what}."))
     if any(result.config.host_slots for result in results):
-        found.append(Measure("Host hit rate", "% of the first tier's misses", host_hit_rate))
+        said = "What the first tier misses and the second has, or has on its way; the rest is read from disk."
+        found.append(Measure("Host hit rate", "% of the first tier's misses", host_hit_rate, caption=said))
     if timed:
-        found.append(Measure("Speed", "tokens/s", lambda result: result.tokens_per_second, 2))
-        found.append(Measure("Waiting", "% of the time", wait_share))
+        said = "Tokens of all sequences per second of the virtual machine described below."
+        found.append(Measure("Speed", "tokens/s", lambda result: result.tokens_per_second, 2, said))
+        said = "Share of the virtual time in which there was nothing to compute and an expert was on its way."
+        found.append(Measure("Waiting", "% of the time", wait_share, caption=said))
     return found
 
 
