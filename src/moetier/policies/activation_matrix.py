@@ -34,6 +34,8 @@ class ActivationMatrix(Ranked):
         self._units = np.zeros((layers, self._capacity, experts))  # rows of the library, of Euclidean length one
         self._sums = np.zeros((layers, self._capacity))  # of the elements of such a row: one over it makes shares
         self._cosines = np.zeros((layers, self._capacity))  # of the running rows with the library's
+        self._sum = np.zeros(self._capacity)  # of the cosines of rows 0..`_summed`
+        self._summed = -1
         self._matched: list[int] = []  # how often, by place
         self._best = -1
 
@@ -51,7 +53,12 @@ class ActivationMatrix(Ranked):
         cosines = self._units[layer, :filled] @ row
         cosines /= np.sqrt(row @ row) or 1.0
         self._cosines[layer, :filled] = cosines
-        self._best = int(np.add.reduce(self._cosines[: layer + 1, :filled], axis=0).argmax())
+        if layer and layer == self._summed + 1:
+            self._sum[:filled] += cosines  # the rows before are as they were one access ago
+        else:
+            self._sum[:filled] = np.add.reduce(self._cosines[: layer + 1, :filled], axis=0)
+        self._summed = layer
+        self._best = int(self._sum[:filled].argmax())
         self._matched[self._best] += 1
 
     def _store(self) -> None:
@@ -67,6 +74,7 @@ class ActivationMatrix(Ranked):
         self._sums[:, place] = self._units[:, place].sum(axis=1)
         self._running.fill(0.0)
         self._cosines.fill(0.0)
+        self._summed = -1
 
     def victims(self, access: Access) -> Iterator[ExpertKey]:
         """Lowest priority first."""
