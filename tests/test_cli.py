@@ -51,8 +51,8 @@ OPTIONS = {
         "MODEL [PROMPT]"
     ),
     "plan": (
-        "--context --device --device-memory --help --host-memory --json --readers --revision --slots "
-        "--trust-remote-code --verbose -h MODEL"
+        "--budgets --compare --context --device --device-memory --help --host-memory --json --measure --policy "
+        "--profile --readers --revision --slots --threads --trace --trust-remote-code --verbose -h MODEL"
     ),
     "demo": (
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "

@@ -2,7 +2,8 @@
 
 The JSON (`--json`), version 1: `model`, `status`, `advice`, `slots` (of the fastest tier), `recommended_slots`,
 `workload`, `machine` and `tiers` with the fields of `moetier.plan`, `expert_bytes` (all experts: raw, and in_slots as
-an arena would take them), `host_total_nbytes`, `device_total_nbytes`.
+an arena would take them), `host_total_nbytes`, `device_total_nbytes`; with --trace or --profile also `forecast`, see
+`moetier.cli.forecasting`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from rich.table import Table
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, with_flags
+from moetier.cli.forecasting import Asked, make_forecast, show_forecast
 from moetier.cli.loading import check_device, find, import_libraries
 from moetier.errors import ConfigError
 from moetier.plan import Plan, Status, format_size
 
 PLAN_VERSION = 1
+_FORECAST = "Forecast"
 
 
 @reported
@@ -33,6 +36,30 @@ def plan(
     slots: o.Slots = None,
     context: o.Context = 4096,
     readers: o.Readers = 4,
+    policy: o.Policy = "horizon",
+    trace: Annotated[
+        str | None,
+        typer.Option(help="Predict from this recorded routing.", metavar="FILE", rich_help_panel=_FORECAST),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Predict from this saved profile.", metavar="FILE", rich_help_panel=_FORECAST),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure disk and math: tokens per second.", rich_help_panel=_FORECAST),
+    ] = False,
+    budgets: Annotated[
+        str | None,
+        typer.Option(
+            help="Slots to predict for. Default: 25%,50%,75%,100%.", metavar="N|N%,…", rich_help_panel=_FORECAST
+        ),
+    ] = None,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Also run the model at every budget.", rich_help_panel=_FORECAST),
+    ] = False,
+    threads: o.Threads = None,
     device: o.Device = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -41,11 +68,15 @@ def plan(
 ) -> None:
     """Print what a model needs and what a budget gives; no weight is loaded.
 
+    With --trace it predicts how fast the model decodes at several budgets; --measure loads the model for a short run.
+
     With --device-memory it plans for a GPU, also one that this machine does not have. Exit code 1 if the model cannot
     run with the budget.
     """
+    asked = Asked(trace, profile, measure, compare, budgets, verbose)
+    wanted = asked.check()
     console = Console(stderr=True)
-    import_libraries(console, verbose, None)
+    import_libraries(console, verbose, threads)
     if device is None and device_memory is not None:
         device = "cuda"
     check_device(device, must_exist=device_memory is None)
@@ -57,7 +88,12 @@ def plan(
     from moetier.loading import inspect
 
     options = Options(
-        device_memory=device_memory, host_memory=host_memory, slots=slots, context=context, readers=readers
+        device_memory=device_memory,
+        host_memory=host_memory,
+        slots=slots,
+        policy=policy,
+        context=context,
+        readers=readers,
     )
     options.check()
     folder = find(model, revision, console)
@@ -66,11 +102,18 @@ def plan(
         if not verbose:
             warnings.simplefilter("ignore")
         result = inspect(folder, options, torch.device(device) if device else None, **extra)
+    works = result.status in (Status.OK, Status.BELOW_RECOMMENDED)
+    found = None
+    if wanted and works:
+        arguments = extra | ({"device": device} if device else {})
+        found = make_forecast(asked, result, folder, options, arguments, console)
     if as_json:
-        print(json.dumps(as_dict(result, model), indent=2))
+        print(json.dumps(as_dict(result, model) | ({} if found is None else {"forecast": found}), indent=2))
     else:
         show(result, model)
-    if result.status not in (Status.OK, Status.BELOW_RECOMMENDED):
+        if found is not None:
+            show_forecast(found, Console(highlight=False))
+    if not works:
         raise typer.Exit(1)
 
 
