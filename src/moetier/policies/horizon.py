@@ -43,7 +43,6 @@ class Horizon:
     def __init__(self, layers: int, experts: int, slots: int, weights: HazardWeights | str | PathLike[str] = WEIGHTS):
         if not isinstance(weights, HazardWeights):
             weights = HazardWeights.load(weights)
-        self._layers = layers
         self._residents = ResidentIndex(experts, slots)
         self._history = History(layers, experts)
         self._models = np.array([weights.next, weights.later], np.float32)
