@@ -224,7 +224,8 @@ def browse(page: Path, folder: Path) -> tuple[str, str, set[str]]:
     """A page in a headless browser: its elements, what it complains of, and what it asked the net for."""
     log = folder / "net.json"
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --disable-default-apps --disable-extensions --disable-features=NetworkTimeServiceQuerying"
+    flags += " --disable-component-update --disable-sync --disable-default-apps --disable-extensions"
+    flags += " --disable-features=NetworkTimeServiceQuerying"
     command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"]
     environment = os.environ | {"HOME": str(folder)}
     result = subprocess.run(

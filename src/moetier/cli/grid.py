@@ -56,7 +56,7 @@ class Machine:
             if flag in given and not wanted:
                 raise ConfigError(f"{flag} does nothing without {without}")
         timing = Timing(parse_size(self.record_size, "--record-size"))
-        links: dict[str, Link] = {}
+        links: dict[str, Any] = {}
         for name in ("h2d", "d2h", "disk_read", "disk_write"):
             link: Link = getattr(timing, name)
             gbps = getattr(self, f"{name}_gbps")
@@ -65,8 +65,8 @@ class Machine:
             if self.io_latency_ms is not None and name.startswith("disk"):
                 link = replace(link, latency=self.io_latency_ms / 1e3)
             links[name] = link
-        seconds = {"layer_seconds": (self.layer_ms or 0.0) / 1e3, "expert_seconds": (self.expert_ms or 0.0) / 1e3}
-        return replace(timing, **links, **seconds)
+        layer, expert = (self.layer_ms or 0.0) / 1e3, (self.expert_ms or 0.0) / 1e3
+        return replace(timing, layer_seconds=layer, expert_seconds=expert, **links)
 
 
 @dataclass(frozen=True, slots=True)
