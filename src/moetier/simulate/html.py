@@ -306,7 +306,7 @@ def _waiting(panel: Panel, slots: int) -> str:
         f"Where the time goes, at {percent(panel.share(slots))} of the experts",
         picture,
         "T_wait: nothing to compute, an expert on its way. The mark is the longer of all computing and the busiest "
-        "link's work: no overlap of copies and computing gets below it with the same copies.",
+        "link's time, latencies included: what the same work would take if the two overlapped perfectly.",
     )
 
 
