@@ -58,6 +58,13 @@ OPTIONS = {
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
     ),
+    "simulate": (
+        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
+        "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms --limit "
+        "--no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace "
+        "--prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging "
+        "--warm-pinning -h -j -o -q TRACES"
+    ),
 }
 
 
