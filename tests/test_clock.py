@@ -61,6 +61,14 @@ def test_depth_overlaps_latencies_and_shares_the_bandwidth() -> None:
     assert seconds == {1: 3.75, 2: 3.25, 3: 3.25}
 
 
+def test_waves_refill_a_slot_as_soon_as_its_expert_is_done() -> None:
+    timing = Timing(1000, LINK, expert_seconds=0.125)
+    result = run(accesses_to((0, [0, 1]), (0, [0, 1, 2])), timing, slots=2)
+    # loads till 1.25 and 2.5, compute till 2.625 | compute expert 0 till 2.75, load 2 over it till 4.0, meanwhile 1
+    assert result.seconds["total"] == 4.125 and result.seconds["compute"] == 0.625
+    assert run(accesses_to((0, [0, 1])), timing, slots=1).seconds["total"] == 2.75
+
+
 def test_two_tiers() -> None:
     """The copy to the device starts when the thread that waits has learnt that the host has the record."""
     timing = Timing(1000, LINK, h2d=Link(4e-6), expert_seconds=0.125)
@@ -101,6 +109,14 @@ class ExpertOneNext:
         return [Prediction(ExpertKey((access.layer + distance) % self.layers, 1), 1.0, distance)]
 
 
+class AllNext(ExpertOneNext):
+    """A predictor: experts 1, 2 and 3 of the next layer."""
+
+    def predict(self, access: Access, distance: int = 1) -> Iterable[Prediction]:
+        layer = (access.layer + distance) % self.layers
+        return [Prediction(ExpertKey(layer, expert), 1.0, distance) for expert in (1, 2, 3)]
+
+
 class Broken(ExpertOneNext):
     """A predictor that fails."""
 
@@ -120,6 +136,13 @@ def test_a_prefetch_that_is_still_on_its_way(scope: str) -> None:
     assert result.prefetches == {"issued": 2, "useful": 1, "late": 1, "wasted": 0, "cancelled": 0}
     assert result.bytes_moved["disk_read"] == 2000 and result.seconds["disk_read"] == 2.625
     assert run(accesses, timing, slots=4).seconds["total"] == 3.75
+
+
+def test_a_prefetch_in_demand_does_not_wait_for_the_others() -> None:
+    timing = Timing(1000, LINK, layer_seconds=0.5, expert_seconds=0.125)
+    result = run(accesses_to((0, [0]), (1, [3])), timing, slots=8, predictor="test_clock:AllNext")
+    # as above till 2.375, when expert 1 is under way till 3.0; then expert 3 till 4.25, before expert 2
+    assert result.seconds["total"] == 4.375 and result.lates == [0, 1]
 
 
 def test_a_predictor_that_fails_is_an_error() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moetier import CapacityError, ConfigError
+from moetier import CapacityError, ConfigError, MoetierError
 from moetier.access import Access, ExpertKey, Phase
 from moetier.policies import POLICIES, find_policy
+from moetier.policies.lru import LRU
 from moetier.simulate.config import Link, Result, SimulationConfig, Timing, result_from_dict
 from moetier.simulate.run import has_admission, simulate, simulate_accesses
 from moetier.simulate.witness import Witness
@@ -240,6 +242,19 @@ def test_pins_are_reported() -> None:
 def test_what_cannot_be_is_said(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         simulate(make_trace(0), SimulationConfig(**{"policy": "lru", "slots": 9, **options}))
+
+
+class Secretive(LRU):
+    """A policy that keeps its residents to itself."""
+
+    def victims(self, access: Access) -> Iterator[ExpertKey]:
+        return iter(())
+
+
+@pytest.mark.parametrize("options", [{}, {"timing": NO_TIME}])
+def test_a_policy_that_names_no_victim_is_an_error(options: dict[str, Any]) -> None:
+    with pytest.raises(MoetierError, match="access"):
+        simulate(make_trace(0), SimulationConfig("test_simulate:Secretive", 9, **options))
 
 
 def test_slots_that_are_too_few() -> None:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from moetier.access import Access, ExpertKey
+from moetier.errors import MoetierError
 from moetier.tiers import Tier, TierConfig
 
 
@@ -94,6 +95,8 @@ class Instant:
                 waiting = self._advance(access, waiting, leased, arriving)
                 continue
             landed = arriving[:]
+            if not landed:
+                raise MoetierError(f"policy {self.tier.config.policy!r} names no victim for access {access.time}")
             arriving.clear()
             for key in landed:
                 ready.append(key)
@@ -107,8 +110,8 @@ class Instant:
         """Give slots to as many keys as possible, by the rules of `Room`; returns those that get none."""
         tier, resident, staged = self.tier, self._resident, self._staged
         staging = tier.config.staging
-        free = tier.config.slots - len(resident) - len(staged)
-        spare = free - (staging - len(staged))
+        spare = tier.config.slots - staging - len(resident)
+        free = spare + staging - len(staged)
         victims = self._eligible(access, len(waiting) - max(0, spare), leased)
         refused = []
         for key in waiting:
