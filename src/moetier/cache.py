@@ -240,6 +240,8 @@ class ExpertCache:
 
     def _error(self, copy_id: int) -> BaseException:
         error = self._errors.get(copy_id)
+        if error is None:  # it waited for another: the last one that failed
+            error = next(reversed(self._errors.values()), None)
         return error if error is not None else MoetierError(f"copy {copy_id} was not made because one before it failed")
 
     def _lease(self, key: ExpertKey) -> Lease:
