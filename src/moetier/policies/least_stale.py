@@ -14,8 +14,9 @@ class LeastStale:
     """Two FIFO queues, fresh and stale. A use makes an expert fresh; a new forward pass makes everything stale.
 
     The victim is the first stale expert in the order of layers, then the first fresh one; within a layer, the one that
-    joined the queue first. What earlier layers left unused therefore goes before what later layers may still use. A
-    pass begins when the layer does not come after that of the access before.
+    joined the queue first. What earlier layers left unused therefore goes before what later layers may still use. (In
+    order of arrival alone it would be LRU: a pass visits each layer once.) A pass begins when the layer does not come
+    after that of the access before.
     """
 
     def __init__(self, layers: int, experts: int, slots: int):
