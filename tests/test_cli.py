@@ -10,7 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,11 +44,10 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help --host-memory --io "
-        "--max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers --repetition-penalty --revision "
-        "--save-profile --seed --slots --stats-json --system --temperature --threads --top-k --top-p "
-        "--trust-remote-code --verbose -h -q "
-        "MODEL [PROMPT]"
+        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help --host-memory "
+        "--io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers --repetition-penalty "
+        "--revision --save-profile --seed --slots --stats-json --system --temperature --threads --top-k --top-p "
+        "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure --policy "
@@ -58,13 +57,57 @@ OPTIONS = {
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
     ),
-    "simulate": (
-        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
-        "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms --limit "
-        "--no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace "
-        "--prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging "
-        "--warm-pinning -h -j -o -q TRACES"
+    "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
+    "bench cache": (
+        "--d2h-gbps --device-slots --dirty-share --disk-read-gbps --disk-write-gbps --envs --envs-per-batch "
+        "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json --layers "
+        "--policy --readers --record-size --sampler --seed --steps --store -h"
     ),
+    "predict evaluate": (
+        "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens --trust- "
+        "remote-code -h -q [TRACE]"
+    ),
+    "predict train": "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE",
+    "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
+    "trace record": (
+        "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode --no-token-ids "
+        "--output --policy --prompt --quiet --readers --revision --seed --slots --temperature --text --threads "
+        "--token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
+    ),
+    "trace import": "--format --help --output -h -o SOURCE",
+    "trace export": "--format --help --output -h -o TRACE",
+    "trace generate": "--experts --help --layers --output --seed --set --tokens --top-k -h -o KIND",
+    "trace info": "--help --json -h TRACE",
+    "trace stats": "--decode-only --help --json --seed --tokens -h TRACE",
+    "simulate": (
+        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit --fit- "
+        "split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms --limit "
+        "--no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace --prefetch- "
+        "limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging --warm-pinning "
+        "-h -j -o -q TRACES"
+    ),
+    "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
+    "bench cache": (
+        "--d2h-gbps --device-slots --dirty-share --disk-read-gbps --disk-write-gbps --envs --envs-per-batch "
+        "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json "
+        "--layers --policy --readers --record-size --sampler --seed --steps --store -h"
+    ),
+    "predict evaluate": (
+        "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens "
+        "--trust-remote-code -h -q [TRACE]"
+    ),
+    "predict train": "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE",
+    "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
+    "trace record": (
+        "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode --no-token-ids "
+        "--output --policy --prompt --quiet --readers --revision --seed --slots --temperature --text --threads "
+        "--token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
+    ),
+    "trace import": "--format --help --output -h -o SOURCE",
+    "trace export": "--format --help --output -h -o TRACE",
+    "trace generate": "--experts --help --layers --output --seed --set --tokens --top-k -h -o KIND",
+    "trace info": "--help --json -h TRACE",
+    "trace stats": "--decode-only --help --json --seed --tokens -h TRACE",
 }
 
 
@@ -612,10 +655,28 @@ def test_demo_refuses_the_same_flags(flags: str, code: int) -> None:
 # -- the surface -------------------------------------------------------------------------------------------------------
 
 
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All commands, those of groups as `group command`."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command, those of groups by both names."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{name} ")
+        else:
+            yield prefix + name, command
+
+
 def test_options() -> None:
     """The options of every command. Whoever adds one says so here, in the documentation and in the change log."""
     found = {}
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in commands(typer.main.get_command(app)):
         options = [flag for p in command.params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")]
         arguments = [
             p.name.upper() if p.required else f"[{p.name.upper()}]"
