@@ -44,47 +44,26 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help --host-memory "
-        "--io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers --repetition-penalty "
-        "--revision --save-profile --seed --slots --stats-json --system --temperature --threads --top-k --top-p "
-        "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
+        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
+        "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
+        "--repetition-penalty --revision --save-profile --seed --slots --stats-json --system --temperature "
+        "--threads --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
-        "--budgets --compare --context --device --device-memory --help --host-memory --json --measure --policy "
-        "--profile --readers --revision --slots --threads --trace --trust-remote-code --verbose -h MODEL"
+        "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "
+        "--policy --profile --readers --revision --slots --threads --trace --trust-remote-code --verbose -h "
+        "MODEL"
     ),
     "demo": (
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
     ),
-    "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
-    "bench cache": (
-        "--d2h-gbps --device-slots --dirty-share --disk-read-gbps --disk-write-gbps --envs --envs-per-batch "
-        "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json --layers "
-        "--policy --readers --record-size --sampler --seed --steps --store -h"
-    ),
-    "predict evaluate": (
-        "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens --trust- "
-        "remote-code -h -q [TRACE]"
-    ),
-    "predict train": "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE",
-    "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
-    "trace record": (
-        "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode --no-token-ids "
-        "--output --policy --prompt --quiet --readers --revision --seed --slots --temperature --text --threads "
-        "--token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
-    ),
-    "trace import": "--format --help --output -h -o SOURCE",
-    "trace export": "--format --help --output -h -o TRACE",
-    "trace generate": "--experts --help --layers --output --seed --set --tokens --top-k -h -o KIND",
-    "trace info": "--help --json -h TRACE",
-    "trace stats": "--decode-only --help --json --seed --tokens -h TRACE",
     "simulate": (
-        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit --fit- "
-        "split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms --limit "
-        "--no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace --prefetch- "
-        "limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging --warm-pinning "
-        "-h -j -o -q TRACES"
+        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
+        "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms "
+        "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace "
+        "--prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging "
+        "--warm-pinning -h -j -o -q TRACES"
     ),
     "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
     "bench cache": (
@@ -96,12 +75,14 @@ OPTIONS = {
         "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens "
         "--trust-remote-code -h -q [TRACE]"
     ),
-    "predict train": "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE",
+    "predict train": (
+        "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE"
+    ),
     "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
     "trace record": (
-        "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode --no-token-ids "
-        "--output --policy --prompt --quiet --readers --revision --seed --slots --temperature --text --threads "
-        "--token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
+        "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode "
+        "--no-token-ids --output --policy --prompt --quiet --readers --revision --seed --slots --temperature "
+        "--text --threads --token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
     ),
     "trace import": "--format --help --output -h -o SOURCE",
     "trace export": "--format --help --output -h -o TRACE",
@@ -660,15 +641,6 @@ def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
             yield from commands(command, f"{prefix}{name} ")
-        else:
-            yield prefix + name, command
-
-
-def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every command, those of groups by both names."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, f"{name} ")
         else:
             yield prefix + name, command
 

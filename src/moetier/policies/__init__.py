@@ -37,6 +37,7 @@ __all__ = [
     "AdmissionPolicy",
     "Admits",
     "EvictionPolicy",
+    "check_online",
     "find_policy",
     "make_admission",
     "make_policy",
@@ -126,6 +127,19 @@ def find_policy(name: str) -> PolicyFactory:
         known = ", ".join(sorted(POLICIES))
         raise ConfigError(f'unknown policy {name!r}; choose one of: {known}, or give "package.module:Class"')
     return factory
+
+
+def check_online(text: str) -> None:
+    """Refuse a policy that a real run cannot have: one that must be shown the future, or a trace to fit on."""
+    name, _ = parse_policy(text)
+    factory = find_policy(name)
+    if hasattr(factory, "foresee"):
+        raise ConfigError(f"policy {name!r} is an oracle that must be shown the future: it exists in simulations only")
+    if hasattr(factory, "fit"):
+        raise ConfigError(
+            f"policy {name!r} has to be fitted on a trace: it exists in simulations only; "
+            "to keep chosen experts in a run, use a profile with warm pinning"
+        )
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
