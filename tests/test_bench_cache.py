@@ -39,8 +39,8 @@ TINY = Stress(
     dirty_share=0.3,
 )
 FLAGS = shlex.split(
-    "--experts 32 --layers 2 --device-slots 12 --host-slots 16 --steps 30 --experts-per-step 4 --episode-len 8 --envs 4 "
-    "--record-size 4KiB"
+    "--experts 32 --layers 2 --device-slots 12 --host-slots 16 --steps 30 --experts-per-step 4 --episode-len 8 "
+    "--envs 4 --record-size 4KiB"
 )
 
 

@@ -12,7 +12,16 @@ from moetier.policies import POLICIES
 from moetier.predictors import PREDICTORS
 
 MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "eventlog", "plan", "trace", "simulate"]
-MODULES += ["prefetch", "predictors", "predictors.evaluate", "predictors.scoutgate_training"]
+MODULES += [
+    "forecast",
+    "pinning",
+    "profile",
+    "stress",
+    "prefetch",
+    "predictors",
+    "predictors.evaluate",
+    "predictors.scoutgate_training",
+]
 
 SCRIPT = """
 import importlib, sys

@@ -266,12 +266,12 @@ def show_forecast(found: dict[str, Any], console: Console) -> None:
         )
         if not measured["direct_io"]:
             console.print("the disk was read through the page cache: the forecast is too fast for a cold one")
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    heads = ["slots", "share", "hit rate", "read per token"]
-    heads += [] if measured is None else ["tokens/s", "compute ms", "waiting ms", "bound by"]
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    heads = ["slots", "share", "hits", "read/token"]
+    heads += [] if measured is None else ["tokens/s", "math ms", "wait ms", "bound"]
     heads += ["really", "error"] if "error_percent" in rows[0] else []
     for name in heads:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     console.print(table)
