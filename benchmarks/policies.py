@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import machine_info
 from moetier.policies import POLICIES
 from moetier.simulate.config import Result, SimulationConfig
@@ -36,6 +38,8 @@ VARIANTS = ("lfu(memory=false)", "slru(protected=0.5)")
 ORACLES = ("belady", "belady-forced")
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
+COLD_STEPS, COLD_GROUPS = 256, 8  # step-synchronous groups of streams, each on an empty cache
+COLD_POLICIES = ("lru", "lfu", "ebco", "horizon", "belady")
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -69,7 +73,35 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "runs": runs,
         "noise": noise,
+        "cold": cold(arguments, test),
     }
+
+
+def cold(arguments: argparse.Namespace, test: Trace) -> list[dict[str, Any]]:
+    """Groups of streams that start together and stop after the same number of steps, each on an empty cache."""
+    sequences, counts = np.unique(test.sequence, return_counts=True)
+    long = [int(sequence) for sequence in sequences[counts >= COLD_STEPS]]
+    rows: list[dict[str, Any]] = []
+    for batch in (4, 8, 16):
+        groups = [long[first : first + batch] for first in range(0, len(long) - batch + 1, batch)][:COLD_GROUPS]
+        totals: dict[tuple[str, float], list[int]] = {}
+        for members in groups:
+            parts = [np.flatnonzero(test.sequence == member)[:COLD_STEPS] for member in members]
+            trace = test.take(np.sort(np.concatenate(parts)))
+            chosen = [
+                SimulationConfig(policy, round(size * trace.records), batch=batch)
+                for policy in COLD_POLICIES
+                for size in (0.3, 0.5)
+            ]
+            for result in sweep(trace, chosen, processes=arguments.jobs):
+                total = totals.setdefault((result.config.policy, round(result.config.slots / trace.records, 3)), [0, 0])
+                total[0] += sum(result.hits)
+                total[1] += sum(result.needs)
+        rows += [
+            {"policy": policy, "share": share, "batch": batch, "groups": len(groups), "hit_rate": hits / needs}
+            for (policy, share), (hits, needs) in totals.items()
+        ]
+    return rows
 
 
 def group(
@@ -150,7 +182,26 @@ def trace_tables(result: dict[str, Any]) -> list[str]:
                 lines += hit_table(runs, batch, scope)
                 if (batch, scope) == (1, "global"):
                     lines += noise(result["noise"])
-    return lines
+    return lines + cold_table(result["cold"])
+
+
+def cold_table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    columns = sorted({(row["batch"], row["share"]) for row in rows})
+    groups = {row["batch"]: row["groups"] for row in rows}
+    many = ", ".join(f"{count} of {batch}" for batch, count in groups.items())
+    lines = [
+        f"**From a cold cache, global scope.** Groups of streams ({many}) that start together on an empty cache and run"
+        f" {COLD_STEPS} steps side by side; hits over needs, all groups together.",
+        "",
+        "| policy | " + " | ".join(f"{batch} streams, {share:.0%}" for batch, share in columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+    ]
+    for policy in COLD_POLICIES:
+        rates = {(row["batch"], row["share"]): row["hit_rate"] for row in rows if row["policy"] == policy}
+        lines.append(f"| {policy} | " + " | ".join(f"{100 * rates[column]:.1f}" for column in columns) + " |")
+    return [*lines, ""]
 
 
 def hit_table(runs: list[dict[str, Any]], batch: int, scope: str) -> list[str]:
