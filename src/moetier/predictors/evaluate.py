@@ -134,11 +134,14 @@ class Evaluation:
                     {"predictions": int(count), "probability": _rate(expected, count), "frequency": _rate(came, count)}
                     for count, expected, came in same.bins
                 ]
+                total = same.summary()
+                if distance == 0:  # a control: no odds are learned for it
+                    total["calibration_error"] = None
                 rows.append(
                     {
                         "predictor": name,
                         "distance": distance,
-                        **same.summary(),
+                        **total,
                         "next_token": beyond.summary(),
                         "layers": [table[layer, distance].summary() for layer in range(self.layers)],
                         "reliability": bins,

@@ -59,7 +59,7 @@ class ScoutGateWeights:
 class ScoutGate(ScoredPredictor):
     """Two towers: s = (W_h h) . (W_e v) + b, sigmoid; h from the projections of the last 8 tokens and the layer.
 
-    ScoutGate of two-level-moe-cache (Apache-2.0), which trains it on the same. The same estimate for every distance,
+    After ScoutGate of the two-level-moe-cache project. The same estimate for every distance,
     since only tokens are seen: it can look a whole token pass ahead. `file` is what `moetier predict train` wrote. It
     must be told the tokens of each step: `begin_step`, or `bind` a model.
     """
@@ -76,7 +76,8 @@ class ScoutGate(ScoredPredictor):
         if self._weights.bias.shape != (layers, experts):
             have = " x ".join(map(str, self._weights.bias.shape))
             raise ConfigError(f"{file}: was trained for {have} experts, this is {layers} x {experts}")
-        self._windows: NDArray[np.int64] | None = None
+        self._windows: NDArray[np.int64] | None = None  # [rows, window]: of each row's last token
+        self._all = np.empty((0, self._weights.window), dtype=np.int64)  # of every token of the step
         self._cache: dict[int, Scores] = {}
         self._handle: Any = None
 
