@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 TOKENS, COMPARED = 512, 96  # of the trace that are served; with --compare, where they are run as well
 WARM = 64  # tokens of the measuring run
+WARM_SHARE = 0.6  # of the experts in slots at most: choosing victims takes time too, and shall be seen
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
@@ -190,10 +191,11 @@ def _measure(
     verbose: bool,
     console: Console,
 ) -> Measured:
-    """A warm run with as many slots as the plan has."""
+    """A warm run with as many slots as the plan has, but not so many that nothing is ever evicted."""
     from moetier.measure import measure
 
-    chosen = _arguments(options, arguments) | {"slots": plan.slots}
+    enough = max(plan.recommended_slots, round(WARM_SHARE * plan.workload.records))
+    chosen = _arguments(options, arguments) | {"slots": min(plan.slots, enough)}
     with console.status("measuring the disk and a short run"), loaded(folder, console, verbose, **chosen) as model:
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
         return measure(model, routing.tokens(vocabulary))
