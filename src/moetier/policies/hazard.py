@@ -19,7 +19,7 @@ from moetier.errors import ConfigError
 HALF_LIVES = (2.0, 8.0, 32.0, 128.0)  # of the activity averages, in visits of the layer
 FEATURES = ("activity_2", "activity_8", "activity_32", "activity_128", "frequency", "recalled", "recalled_later", "one")
 LATER = 3  # visits after the next one that count as later
-MEMORY = 512  # passes through the model that can be recalled
+MEMORY = 256  # passes through the model that can be recalled
 FADE = 0.85  # per layer, of what counts as the present when it is compared with the past
 SHARPNESS = 14.0  # a pass that resembles the present by 0.1 more weighs exp(1.4) times as much
 ENOUGH = 0.45  # resemblance from which one pass outweighs the frequency
@@ -64,7 +64,7 @@ class History:
     exp(resemblance): attention, with sets of experts as queries and keys.
 
     A pass ends when a layer comes that is not behind the last one. Memory: layers x experts x 2 x `MEMORY` float32
-    (12 MiB for 48 x 64, 96 MiB for 48 x 512), linear in experts.
+    (6 MiB for 48 x 64, 48 MiB for 48 x 512), linear in experts.
     """
 
     def __init__(self, layers: int, experts: int):
