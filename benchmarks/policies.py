@@ -40,7 +40,8 @@ RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "policies.md"
 COLD_STEPS, COLD_GROUPS = 256, 8  # step-synchronous groups of streams, each on an empty cache
 COLD_POLICIES = ("lru", "lfu", "ebco", "horizon", "belady")
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
+README = Path(__file__).parent.parent / "README.md"
+SUMMARY = ("gpt-oss-20b", ("fifo", "lru", "lfu", "lfru", "ebco", "mrs", "horizon", "belady"))
 
 
 def policies() -> list[str]:
@@ -156,13 +157,35 @@ def row(result: Result, trace: Trace, seed: int | None) -> dict[str, Any]:
 
 
 def tables() -> None:
-    parts = []
+    """Put the tables into the page, and the shortest of them into the README."""
+    parts, summary = [], []
     for path in sorted(RESULTS.glob("policies-*.json")):
-        parts += trace_tables(json.loads(path.read_text()))
-    text = PAGE.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    PAGE.write_text(head + BEGIN + "\n\n" + "\n".join(parts) + "\n" + END + tail)
+        result = json.loads(path.read_text())
+        parts += trace_tables(result)
+        if result["name"] == SUMMARY[0]:
+            summary = summary_table(result["runs"])
+    insert(PAGE, "tables", parts)
+    if summary:
+        insert(README, "policies-summary", summary)
+
+
+def insert(path: Path, name: str, lines: list[str]) -> None:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, rest = path.read_text().split(begin)
+    _, tail = rest.split(end)
+    path.write_text(head + begin + "\n\n" + "\n".join(lines).rstrip() + "\n\n" + end + tail)
+
+
+def summary_table(runs: list[dict[str, Any]]) -> list[str]:
+    chosen = [run for run in runs if (run["batch"], run["scope"]) == (1, "global")]
+    shares = sorted({run["share"] for run in chosen})
+    rates = {(run["policy"], run["share"]): 100 * run["hit_rate"] for run in chosen}
+    lines = ["| experts resident | " + " | ".join(f"{share:.0%}" for share in shares) + " |"]
+    lines.append("| --- |" + " ---: |" * len(shares))
+    for policy in SUMMARY[1]:
+        name = "belady (knows the future)" if policy == "belady" else f"**{policy}**" if policy == "horizon" else policy
+        lines.append(f"| {name} | " + " | ".join(f"{rates[policy, share]:.1f}" for share in shares) + " |")
+    return lines
 
 
 def trace_tables(result: dict[str, Any]) -> list[str]:
