@@ -336,7 +336,10 @@ def test_no_slots(checkpoint: Get) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"policy": "belady"}, r"unknown policy 'belady'; choose one of: horizon, lfru, lfu, lru, slru"),
+        ({"policy": "optimal"}, r"unknown policy 'optimal'; choose one of: activation-matrix, belady, "),
+        ({"policy": "belady"}, r"policy 'belady' is an oracle .* in simulations only"),
+        ({"policy": "static"}, r"policy 'static' has to be fitted .* in simulations only"),
+        ({"policy": "slru(protect=0.5)"}, r"policy 'slru' has no parameter 'protect'; its parameters are: protected"),
         ({"policy": "no.such:Thing"}, r"policy 'no.such:Thing' cannot be imported"),
         ({"admission": "never"}, r"unknown admission policy 'never'; choose one of: "),
         ({"slots": "lots"}, r"slots: 'lots' is neither"),

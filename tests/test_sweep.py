@@ -215,12 +215,14 @@ def test_a_folder_is_no_file_of_results(trace: Trace, tmp_path: Path) -> None:
 
 
 INTERRUPTED = """
+import signal
 import sys
 from moetier.simulate.config import SimulationConfig
 from moetier.simulate.sweep import sweep
 from moetier.trace.synthetic import zipf_markov
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background may have it ignored
     trace = zipf_markov(1500, 8, 16, 2, sequences=6, seed=1)
     configs = [SimulationConfig("lfru", slots, seed=seed) for slots in range(20, 80) for seed in range(20)]
     try:
@@ -240,7 +242,12 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path) -> None:
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "one\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
     assert process.returncode == 130
     assert errors == ""
     deadline = time.monotonic() + 20
