@@ -227,4 +227,7 @@ def _compare(name: str, other: str, differences: Sequence[float]) -> str:
         return f"{name} is below {other} at every size ({span})."
     if max(abs(low), abs(high)) <= NOISE:
         return f"{name} and {other} are within a point of each other ({span}): it makes no difference."
-    return f"{name} is above {other} at some sizes and not at others ({span})."
+    if low >= -NOISE or high <= NOISE:
+        side = "above" if high > NOISE else "below"
+        return f"{name} is {side} {other} at some sizes and within a point of it at the others ({span})."
+    return f"{name} is above {other} at some sizes and below it at others ({span})."
