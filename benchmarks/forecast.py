@@ -234,7 +234,7 @@ def main() -> None:
     add("--warm-up", type=int, default=4, help="decoded tokens before the measured ones")
     add("--tokens", type=int, default=32, help="measured tokens")
     add("--measure-tokens", type=int, default=48, help="tokens of the warm run that the forecast rests on")
-    add("--measure-share", type=int, default=60, help="%% of the experts in slots in that run")
+    add("--measure-share", type=int, default=30, help="%% of the experts in slots in that run")
     add("--seed", type=int, default=0, help="of the text")
     add("--work", type=Path, default=Path(__file__).parent / "work")
     add("--json", type=Path)

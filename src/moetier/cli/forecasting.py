@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 TOKENS, COMPARED = 512, 96  # of the trace that are served; with --compare, where they are run as well
 WARM = 64  # tokens of the measuring run
-WARM_SHARE = 0.6  # of the experts in slots at most: choosing victims takes time too, and shall be seen
+WARM_SHARE = 0.3  # of the experts in slots at most: misses, and choosing victims, shall be seen often enough
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
