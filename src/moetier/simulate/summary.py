@@ -200,7 +200,8 @@ class Panel:
                 f"At {where} of the experts the policies lie within {100 * ALIKE:.1f} points, or within twice the "
                 "spread over seeds: they are not ranked there."
             )
-        tight = [cell for cell in self.cells.values() if cell.results[0].overcommitted >= 0.005]  # what rounds to 0 % is no remark
+        # a share that rounds to nothing is no remark
+        tight = [cell for cell in self.cells.values() if cell.results[0].overcommitted >= 0.005]
         if tight:
             worst = max(tight, key=lambda cell: cell.results[0].overcommitted)
             above = 100 * worst.results[0].overcommitted
