@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from moetier.access import Phase
 from moetier.errors import ConfigError
+from moetier.files import whole_file
 from moetier.trace import Trace, TraceInfo
-from moetier.trace.files import read_trace, whole_file, write_trace
+from moetier.trace.files import read_trace, write_trace
 from moetier.trace.interchange import read_jsonl, read_npz, write_csv, write_jsonl, write_oracle
 from moetier.trace.needs import needs_of
 from moetier.trace.synthetic import environments, uniform_control, zipf_markov

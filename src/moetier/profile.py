@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moetier.access import Access
 from moetier.errors import ConfigError
+from moetier.files import whole_file
 
 if TYPE_CHECKING:
     from moetier.trace import Trace
@@ -111,16 +112,8 @@ class Profile:
         about = {name: getattr(self, name) for name in ("layers", "experts", "model", "fingerprint", "source", "texts")}
         counts = {"tokens": int(self.tokens), "accesses": self.accesses.tolist(), "uses": self.uses.tolist()}
         mass = {"mass": np.round(self.mass, 6).tolist()}
-        target = Path(path).resolve()
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            try:
-                draft.write_text(json.dumps(head | about | counts | mass, separators=(",", ":")) + "\n", "utf-8")
-                os.replace(draft, target)
-            finally:
-                draft.unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(f"{path}: the profile cannot be written: {error.strerror or error}") from error
+        with whole_file(path) as draft:
+            draft.write_text(json.dumps(head | about | counts | mass, separators=(",", ":")) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from importlib.resources import as_file, files
 from typing import Annotated, Any
@@ -11,9 +12,10 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise
 from moetier.cli.loading import find, import_libraries, load_tokenizer, loaded
-from moetier.cli.report import check_writable, report, show, write_stats
+from moetier.cli.report import report, show
 
 # title, prompt, repetition penalty: so small a model loops in code and manuals without one
 PROMPTS = (
@@ -42,7 +44,7 @@ def demo(
 ) -> None:
     """Run the embedded model with most of its experts left on disk. Nothing is downloaded."""
     check_finite(temperature=temperature)
-    check_writable(stats_json)
+    check_writable(stats_json, "--stats-json")
     check_writable(save_profile, "--save-profile")
     prompts = PROMPTS if prompt is None else (("your prompt", prompt, 1.15),)
     console = Console(stderr=True, highlight=False)
@@ -84,4 +86,4 @@ def demo(
     console.print()
     show(result, console)
     if stats_json is not None:
-        write_stats(stats_json, result)
+        write_text(stats_json, json.dumps(result, indent=2) + "\n", "--stats-json")

@@ -5,7 +5,6 @@ Knows nothing of files, processes and reports.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -14,6 +13,7 @@ from moetier.errors import CapacityError, ConfigError
 from moetier.plan import parse_size, parse_slots
 from moetier.policies import ADMISSIONS, find_policy, make_policy, parse_policy
 from moetier.predictors import make_predictor
+from moetier.registry import split_names
 from moetier.simulate.config import Link, Scope, Semantics, SimulationConfig, Timing
 from moetier.trace import Trace
 
@@ -186,8 +186,7 @@ class Grid:
 
 def split_policies(text: str) -> list[str]:
     """`slru(protected=0.5,x=1),lru` at the commas that are outside parentheses."""
-    found = re.findall(r"(?:[^,(]|\([^)]*\)?)+", text)
-    names = [name.strip() for name in found if name.strip()]
+    names = split_names(text)
     if not names:
         raise ConfigError("--policy: no policy is named")
     return names

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported
-from moetier.cli.files import write_text
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import find, import_libraries, load_tokenizer, loaded
-from moetier.cli.report import check_writable
 from moetier.errors import ConfigError, StoreError
-from moetier.predictors import PREDICTORS, split_names
+from moetier.predictors import PREDICTORS
+from moetier.registry import split_names
 
 if TYPE_CHECKING:
     from moetier.predictors.evaluate import Evaluation
@@ -63,6 +63,8 @@ def evaluate(
     a time. Of a single one, the first half of its tokens.
     """
     names, distances = split_names(predictor), parse_distances(distance)
+    if not names:
+        raise ConfigError(f"--predictor: no predictor is named; choose from: {', '.join(sorted(PREDICTORS))}")
     check_writable(json_file, "--json")
     if (trace is None) == (model is None):
         raise ConfigError("give either a trace file, or --model and --text")

@@ -21,16 +21,12 @@ Whatever else `model.moetier.stats()` counts is passed on under its own name.
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moetier import __version__
-from moetier.errors import ConfigError, StoreError
 from moetier.plan import Plan, format_size
 
 STATS_VERSION = 1
@@ -120,47 +116,3 @@ def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:
     if pinning["state"] == "dropped":
         text += f"; dropped after {pinning['dropped_after']} accesses, {percent('dropped')} since"
     return "pinned", f"{len(pinning['pinned'])} experts", text
-
-
-def check_writable(path: str | None, flag: str = "--stats-json") -> None:
-    """Refuse a file that could not be written, before minutes are spent on what it should hold."""
-    if path is None:
-        return
-    try:
-        if Path(path).is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        draft = _draft(path)
-        if draft is None:
-            if not os.access(path, os.W_OK):
-                raise PermissionError(None, "no permission")
-            return
-        draft.touch()  # asking for permission is not enough: the file system may be read-only, or no place for files
-        draft.unlink()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{flag} {path}: cannot be written ({reason}); give a file in a writable folder") from None
-
-
-def write_stats(path: str, result: dict[str, Any]) -> None:
-    """Write the statistics file, whole or not at all."""
-    text = json.dumps(result, indent=2) + "\n"
-    draft = _draft(path)
-    try:
-        if draft is None:
-            Path(path).write_text(text, encoding="utf-8")
-            return
-        try:
-            draft.write_text(text, encoding="utf-8")
-            os.replace(draft, Path(path).resolve())
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"--stats-json {path}: could not be written: {error.strerror}") from error
-
-
-def _draft(path: str) -> Path | None:
-    """What becomes the file once it is whole; nothing for a pipe or device, which cannot be replaced."""
-    if Path(path).exists() and not Path(path).is_file():
-        return None
-    target = Path(path).resolve()  # a link keeps leading to the file
-    return target.with_name(f".{target.name}.{os.getpid()}.tmp")

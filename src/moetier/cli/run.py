@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise
 from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
-from moetier.cli.report import check_writable, report, show, write_stats
+from moetier.cli.report import report, show
 from moetier.errors import ConfigError
 
 
@@ -62,7 +64,7 @@ def run(
     if system and chat is False:
         raise ConfigError("--system and --no-chat contradict each other: a system message needs the chat template")
     sampling = sampling_options(do_sample, temperature, top_p, top_k, repetition_penalty)
-    check_writable(stats_json)
+    check_writable(stats_json, "--stats-json")
     check_writable(save_profile, "--save-profile")
     text = read_prompt(prompt)
     console = Console(stderr=True, quiet=quiet)
@@ -109,7 +111,7 @@ def run(
             lm.moetier.profile().save(save_profile)
     show(result, console)
     if stats_json is not None:
-        write_stats(stats_json, result)
+        write_text(stats_json, json.dumps(result, indent=2) + "\n", "--stats-json")
 
 
 def read_prompt(prompt: str | None) -> str:

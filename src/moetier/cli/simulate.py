@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moetier.cli.errors import reported, say
-from moetier.cli.files import write_text
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.grid import Grid, Machine
-from moetier.cli.report import check_writable
 from moetier.errors import ConfigError
 from moetier.plan import parse_size
 from moetier.policies import ADMISSIONS, POLICIES, find_policy, parse_policy

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetier.cli.errors import reported
-from moetier.cli.files import write_text
-from moetier.cli.report import check_writable
+from moetier.cli.files import check_writable, write_text
 
 app = typer.Typer(help="Reproduce a study of the field.", no_args_is_help=True)
 

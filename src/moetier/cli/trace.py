@@ -77,7 +77,8 @@ def record(
     What is recorded does not depend on slots or policy: these only make the run faster or smaller.
     """
     from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
-    from moetier.trace.files import check_writable, require_pyarrow, write_trace
+    from moetier.files import check_writable
+    from moetier.trace.files import require_pyarrow, write_trace
 
     require_pyarrow()
     if dtype not in o.DTYPES:
@@ -200,8 +201,9 @@ def generate_(
     ] = None,
 ) -> None:
     """Make synthetic routing with a known structure; docs/traces.md has every parameter."""
+    from moetier.files import check_writable
     from moetier.trace import synthetic
-    from moetier.trace.files import check_writable, require_pyarrow, write_trace
+    from moetier.trace.files import require_pyarrow, write_trace
 
     environments = functools.partial(synthetic.environments, sampler="iid" if kind == "iid" else "episode")
     makers: dict[str, Callable[..., Trace]] = {

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetier.cli.errors import reported
-from moetier.cli.report import check_writable
+from moetier.cli.files import check_writable
 from moetier.errors import ConfigError
 
 

@@ -6,9 +6,6 @@ not go (leased, pinned, loading, protected by the per-layer floor).
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -30,6 +27,7 @@ from moetier.policies.mrs import MRS
 from moetier.policies.slru import SLRU
 from moetier.policies.static import Static
 from moetier.policies.watermark import Watermark
+from moetier.registry import build, find, parse_name
 
 __all__ = [
     "ADMISSIONS",
@@ -104,29 +102,13 @@ def make_policy(text: str, layers: int, experts: int, slots: int) -> EvictionPol
     Parameters of a policy follow in parentheses: `"slru(protected=0.5)"`. Raises `ConfigError` for a name that is
     neither, and for parameters that the policy does not have.
     """
-    name, parameters = parse_policy(text)
-    factory = find_policy(name)
-    known = list(inspect.signature(factory).parameters)[3:]
-    for parameter in parameters:
-        if parameter not in known:
-            has = f"its parameters are: {', '.join(known)}" if known else "it has no parameters"
-            raise ConfigError(f"policy {name!r} has no parameter {parameter!r}; {has}")
-    return factory(layers, experts, slots, **parameters)
+    policy: EvictionPolicy = build("policy", text, POLICIES, layers, experts, slots)
+    return policy
 
 
 def find_policy(name: str) -> PolicyFactory:
     """The class behind a name without parameters. Raises `ConfigError` for an unknown one."""
-    factory = POLICIES.get(name)
-    if factory is None and ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"policy {name!r} cannot be imported: {error}") from error
-    if factory is None:
-        known = ", ".join(sorted(POLICIES))
-        raise ConfigError(f'unknown policy {name!r}; choose one of: {known}, or give "package.module:Class"')
-    return factory
+    return find("policy", name, POLICIES)
 
 
 def check_online(text: str) -> None:
@@ -143,28 +125,8 @@ def check_online(text: str) -> None:
 
 
 def parse_policy(text: str) -> tuple[str, dict[str, Any]]:
-    """`name(key=value, ...)` as a name and its parameters; numbers, true and false are read as such."""
-    match = re.fullmatch(r"\s*([^()]+?)\s*(?:\((.*)\))?\s*", text)
-    if match is None:
-        raise ConfigError(f"policy {text!r} is not a name, nor a name with parameters such as slru(protected=0.5)")
-    parameters: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in (match[2] or "").split(","))):
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not (equals and key and value):
-            raise ConfigError(f"policy {text!r}: {item!r} is not a parameter; write key=value")
-        parameters[key] = _value(value)
-    return match[1], parameters
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    """`name(key=value, ...)` as a name and its parameters."""
+    return parse_name("policy", text)
 
 
 def make_admission(name: str) -> AdmissionPolicy:

@@ -6,17 +6,13 @@ says what each one is worth, measured.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 from moetier.access import Access, ExpertKey
-from moetier.errors import ConfigError
-from moetier.policies import parse_policy
+from moetier.registry import build
 
-__all__ = ["PREDICTORS", "Prediction", "Predictor", "make_predictor", "split_names"]
+__all__ = ["PREDICTORS", "Prediction", "Predictor", "make_predictor"]
 
 
 class Prediction(NamedTuple):
@@ -53,32 +49,5 @@ def make_predictor(text: str, layers: int, experts: int, top_k: int) -> Predicto
     Parameters follow in parentheses, as for policies: `"layer-transition(half_life=500)"`. Raises `ConfigError` for a
     name that is neither, and for parameters that the predictor does not have.
     """
-    name, parameters = parse_policy(text)
-    factory = _find(name)
-    known = list(inspect.signature(factory).parameters)[3:]
-    for parameter in parameters:
-        if parameter not in known:
-            has = f"its parameters are: {', '.join(known)}" if known else "it has no parameters"
-            raise ConfigError(f"predictor {name!r} has no parameter {parameter!r}; {has}")
-    return factory(layers, experts, top_k, **parameters)
-
-
-def _find(name: str) -> Callable[..., Predictor]:
-    place = PREDICTORS.get(name, name)
-    module, colon, attribute = place.partition(":")
-    if not colon:
-        known = ", ".join(sorted(PREDICTORS))
-        raise ConfigError(f'unknown predictor {name!r}; choose one of: {known}, or give "package.module:Class"')
-    try:
-        factory: Callable[..., Predictor] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"predictor {name!r} cannot be imported: {error}") from error
-    return factory
-
-
-def split_names(text: str) -> list[str]:
-    """`a,b(x=1,y=2)` as its predictors: commas within parentheses do not separate. Raises `ConfigError` for none."""
-    names = [name.strip() for name in re.split(r",(?![^(]*\))", text) if name.strip()]
-    if not names:
-        raise ConfigError(f"no predictor is named; choose from: {', '.join(sorted(PREDICTORS))}")
-    return names
+    predictor: Predictor = build("predictor", text, PREDICTORS, layers, experts, top_k)
+    return predictor

@@ -142,7 +142,7 @@ def save(weights: ScoutGateWeights, path: str | os.PathLike[str]) -> None:
     """Write safetensors with a JSON header, whole or not at all."""
     from safetensors.numpy import save as to_bytes
 
-    from moetier.trace.files import whole_file
+    from moetier.files import whole_file
 
     tensors = {name: np.ascontiguousarray(getattr(weights, name)) for name in _TENSORS}
     head = {"format": FORMAT, "version": VERSION, "info": weights.info}

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moetier.errors import ConfigError
+from moetier.files import whole_file
 from moetier.trace import Trace, TraceInfo
 
-__all__ = ["FORMAT", "VERSION", "check_writable", "read_trace", "require_pyarrow", "whole_file", "write_trace"]
+__all__ = ["FORMAT", "VERSION", "read_trace", "require_pyarrow", "write_trace"]
 
 FORMAT, VERSION = "moetier trace", 1
 _KEY = b"moetier.trace"
@@ -161,41 +160,6 @@ def _narrow(weights: NDArray[np.float32]) -> NDArray[Any]:
 def _lists(pa: Any, values: NDArray[Any]) -> Any:
     """[T, K] as a column of lists."""
     return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft beside `path` that becomes it when the block ends well, and is removed when not.
-
-    Raises `ConfigError` where the file cannot be written.
-    """
-    target, draft = _draft(path)
-    try:
-        try:
-            yield draft
-            os.replace(draft, target)
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise `ConfigError` for a file that could not be written, before minutes are spent on what it should hold."""
-    _, draft = _draft(path)
-    try:
-        draft.touch()  # asking for permission is not enough: the file system may be read-only
-        draft.unlink()
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _draft(path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The file that is meant, and the one to write until it is whole."""
-    target = Path(path).resolve()  # a link keeps leading to the file
-    if target.is_dir():
-        raise ConfigError(f"{path}: a folder; give the name of a file")
-    return target, target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 def require_pyarrow() -> None:

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 
 from moetier.access import Phase
 from moetier.errors import ConfigError
+from moetier.files import whole_file
 from moetier.trace import NO_EXPERT, Trace, TraceInfo
-from moetier.trace.files import whole_file
 from moetier.trace.needs import needs_of
 
 __all__ = ["EXPORTS", "IMPORTS", "read_jsonl", "read_npz", "write_csv", "write_jsonl", "write_oracle"]
