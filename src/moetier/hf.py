@@ -31,7 +31,7 @@ from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
-from moetier.policies import check_online, find_policy, make_admission, make_policy, parse_policy
+from moetier.policies import check_online, find_policy, make_admission, parse_policy
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
@@ -72,7 +72,6 @@ class Options:
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
         check_online(self.policy)
-        make_policy(self.policy, 1, 1, 1)
         make_admission(self.admission)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)

@@ -17,7 +17,7 @@ from moetier.cli import options as o
 from moetier.cli.errors import reported
 from moetier.errors import ConfigError
 from moetier.plan import format_size, parse_size
-from moetier.policies import make_policy
+from moetier.policies import check_online
 
 app = typer.Typer(help="Measure parts of moetier without a model.", no_args_is_help=True)
 
@@ -129,7 +129,7 @@ def cache(
         "--io-latency-ms": io_latency_ms,
     }
     stress.accesses()  # a wrong number is told before anything is written
-    make_policy(policy, 1, 1, 1)
+    check_online(policy)
     console = Console(stderr=True)
     if store is None:
         result = run_virtual(stress, _timing(stress.record_nbytes, virtual, readers))

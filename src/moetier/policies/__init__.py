@@ -112,7 +112,8 @@ def find_policy(name: str) -> PolicyFactory:
 
 
 def check_online(text: str) -> None:
-    """Refuse a policy that a real run cannot have: one that must be shown the future, or a trace to fit on."""
+    """Refuse what a real run cannot have: no policy, or one that must be shown the future, or a trace to fit on."""
+    make_policy(text, 1, 1, 1)
     name, _ = parse_policy(text)
     factory = find_policy(name)
     if hasattr(factory, "foresee"):
