@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def crew() -> Iterator[Crew]:
 def test_every_task_runs_once(crew: Crew, count: int) -> None:
     for _ in range(20):
         done: list[int] = []
-        crew.run([lambda number=number: done.append(number) for number in range(count)])
+        crew.run([partial(done.append, number) for number in range(count)])
         assert sorted(done) == list(range(count))
 
 
@@ -89,7 +90,7 @@ def test_helpers_write_to_tensors_of_any_mode(crew: Crew) -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out, x, w = torch.zeros(9, 4), torch.randn(9, 4), torch.randn(4, 4)
-            crew.run([lambda row=row: torch.mm(x[row : row + 1], w, out=out[row : row + 1]) for row in range(9)])
+            crew.run([partial(torch.mm, x[row : row + 1], w, out=out[row : row + 1]) for row in range(9)])
             assert torch.allclose(out, x @ w)
 
 
