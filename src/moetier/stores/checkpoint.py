@@ -173,6 +173,10 @@ class CheckpointStore:
         target_tensor.copy_(conversion.run(inputs))
         return nbytes
 
+    def read_range(self, file: int, offset: int, into: memoryview) -> None:
+        """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
+        self._files[file].read_into(offset, into)
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
