@@ -22,6 +22,7 @@ from moetier.packing.datafile import DataFile
 from moetier.packing.draft import Draft, contents_of, plan_of, refuse_foreign
 from moetier.packing.files import resident_header, small_files, write_resident, write_small
 from moetier.packing.workers import in_parallel
+from moetier.plan import format_size
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT, PAGE, round_up
 from moetier.stores.checkpoint import CheckpointStore
@@ -59,7 +60,8 @@ def plan(checkpoint: Checkpoint, out: Path, profile: Profile | None = None) -> P
     store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps])
     try:
         phases = [
-            [_phase(store, ExpertKey(layer, expert)) for expert in range(len(m.recipes))] for layer, m in enumerate(maps)
+            [_phase(store, ExpertKey(layer, expert)) for expert in range(len(m.recipes))]
+            for layer, m in enumerate(maps)
         ]
     finally:
         store.close()
@@ -157,10 +159,7 @@ class _Packer:
             for name, nbytes in self.index.files:
                 self._files.append(DataFile(self.index.folder / name, nbytes))
             self._write_files()
-            todo = sorted(
-                (key for key in self.index.keys() if key not in self.draft.records),
-                key=lambda key: (key.layer, self.index.records[key.layer][key.expert].offset),
-            )
+            todo = [key for key in self.index.placed() if key not in self.draft.records]
             for key, (found, exact) in in_parallel(self._pack, todo, self.threads):
                 self.draft.record_done(key, found, exact)
                 self._advance(self.index.region(key))
@@ -188,8 +187,8 @@ class _Packer:
         free = status.f_bavail * status.f_frsize
         if needed > free:
             raise StoreError(
-                f"{folder}: {needed} more bytes are needed, {free} are free on its disk; make room, or give a folder on "
-                "another disk"
+                f"{folder}: {format_size(needed)} more are needed ({needed} bytes), {format_size(free)} are free on "
+                "its disk; make room, or give a folder on another disk"
             )
 
     def _write_files(self) -> None:
@@ -204,7 +203,7 @@ class _Packer:
 
     def _pack(self, key: ExpertKey) -> tuple[int, bool]:
         """Read, write and sum one record; whether its sources can be had back from it."""
-        record, layout = self.index.records[key.layer][key.expert], self.index.layouts[key.layer]
+        record, layout = self.index.record(key), self.index.layouts[key.layer]
         if not hasattr(self._local, "buffer"):
             self._local.buffer = aligned_buffer(self.index.slot_nbytes)
         region: memoryview = self._local.buffer[: self.index.region(key)]
@@ -238,7 +237,7 @@ class _Packer:
         shards, index = self.checkpoint.shards, self.index
         if (shards.fingerprint(), shards.witness()) != (index.fingerprint, index.witness):
             raise StoreError(
-                f"{self.checkpoint.folder}: the checkpoint was changed while it was packed; pack it again with --replace"
+                f"{self.checkpoint.folder}: the checkpoint was changed while it was packed; begin anew with --replace"
             )
         inexact = sorted(key for key, (_, exact) in self.draft.records.items() if not exact)
         lossy = self.unknown or (self._why(inexact[0]) if inexact else "")
@@ -278,8 +277,8 @@ def _same(index: PackedIndex) -> PackedIndex:
     zeroed = replace(found, records=tuple(tuple(replace(r, checksum=0) for r in row) for row in found.records))
     if plan_of(zeroed) != plan_of(index):
         raise ConfigError(
-            f"{index.folder}: holds a packed store of {found.model}, made from another checkpoint or with other options; "
-            "give --replace to make it anew, or another folder"
+            f"{index.folder}: holds a packed store of another checkpoint ({found.model}), or one made with other "
+            "options; give --replace to make it anew, or another folder"
         )
     for name, item in found.contents.items():
         if contents_of(index.folder / name) != item:

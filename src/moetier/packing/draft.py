@@ -55,7 +55,7 @@ class Draft:
 
     def __enter__(self) -> Draft:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.folder / JOURNAL, "ab+", buffering=0)  # noqa: SIM115
+        self._file = open(self.folder / JOURNAL, "ab+", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -120,7 +120,7 @@ class Draft:
             return False
         if key.expert >= len(self.index.records[key.layer]):
             return False
-        record = self.index.records[key.layer][key.expert]
+        record = self.index.record(key)
         if record.file not in files:
             path = self.folder / self.index.files[record.file][0]
             files[record.file] = DiskFile(path) if path.is_file() else None

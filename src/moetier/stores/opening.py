@@ -59,7 +59,7 @@ def check(index: PackedIndex, shards: Shards, layouts: Sequence[RecordLayout], o
     out = f"pack it anew (moetier pack {model} {index.folder} --replace), or read the checkpoint itself (store none)"
     if not own and (index.fingerprint, index.witness) != (shards.fingerprint(), shards.witness()):
         raise StoreError(
-            f"{index.folder}: a packed store of {index.model or 'another checkpoint'}, but not of {model} as it is now: "
+            f"{index.folder}: packed from {index.model or 'another checkpoint'}, but not from {model} as it is now: "
             f"that is another checkpoint, or was changed since; {out}"
         )
     if list(index.layouts) == list(layouts):
@@ -76,15 +76,19 @@ def check(index: PackedIndex, shards: Shards, layouts: Sequence[RecordLayout], o
 def original_shards(folder: Path) -> Shards:
     """The checkpoint that a packed store was made from, known by its headers. Raises `StoreError`."""
     index = PackedIndex.load(folder)
+    files = [(folder / name, folder / SHARDS / f"{name}.header", nbytes) for name, nbytes in original_files(folder)]
+    return Shards.from_headers(files, index.fingerprint)
+
+
+def original_files(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes in bytes of the shards that a packed store was made from. Raises `StoreError`."""
     path = folder / SHARDS / "files.json"
     try:
-        listed = [(str(item["name"]), int(item["bytes"])) for item in json.loads(path.read_bytes())]
+        return [(Path(str(item["name"])).name, int(item["bytes"])) for item in json.loads(path.read_bytes())]
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}; restore it") from error
     except (ValueError, TypeError, KeyError) as error:
         raise StoreError(f"{path}: damaged; pack the model again") from error
-    files = [(folder / name, folder / SHARDS / f"{name}.header", nbytes) for name, nbytes in listed]
-    return Shards.from_headers(files, index.fingerprint)
 
 
 def shards_of(files: Sequence[Path]) -> Shards:

@@ -6,6 +6,7 @@ knows no model. `packed_index` says where what is, `moetier.packing` makes the s
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from moetier.access import ExpertKey
@@ -22,6 +23,8 @@ class PackedStore:
 
     Raises `StoreError` where a file cannot be opened.
     """
+
+    kind = "packed"
 
     def __init__(self, index: PackedIndex, io: IOMode = "auto"):
         self.index = index
@@ -74,12 +77,12 @@ class PackedStore:
         return all(file.direct for file in self._files)
 
     def layout(self, layer: int) -> RecordLayout:
-        """How the records of a layer lie in a slot. Its size is whole pages, so that a read needs no copy at the end."""
+        """How the records of a layer lie in a slot; in whole pages, so that the end of a read needs no copy."""
         return self._layouts[layer]
 
     def phase(self, key: ExpertKey) -> int:
         """0, but for float32 weights whose bits depend on where in a cache line the checkpoint has them (< 64)."""
-        return self.index.records[key.layer][key.expert].phase
+        return self.index.record(key).phase
 
     def segments(self, key: ExpertKey) -> int:
         """Read requests of a record: one per `REQUEST_NBYTES` begun."""
@@ -87,7 +90,7 @@ class PackedStore:
 
     def read(self, key: ExpertKey, segment: int, into: memoryview) -> int:
         """Read one part into its place in `into` (the whole record); `StoreError` names the file when it cannot be."""
-        record = self.index.records[key.layer][key.expert]
+        record = self.index.record(key)
         begin, end = self._cuts[key.layer, record.phase][segment]
         self._files[record.file].read_into(record.offset + record.phase + begin, into[begin:end])
         return end - begin
@@ -104,7 +107,7 @@ def cuts(nbytes: int, phase: int) -> tuple[tuple[int, int], ...]:
     count = max(1, -(-total // REQUEST_NBYTES))
     size = round_up(-(-total // count), PAGE)
     bounds = [*range(0, total, size), total]
-    return tuple((max(0, a - phase), b - phase) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple((max(0, a - phase), b - phase) for a, b in pairwise(bounds))
 
 
 def _whole_pages(layout: RecordLayout) -> RecordLayout:

@@ -12,6 +12,7 @@ import os
 import reprlib
 import zlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,21 @@ class PackedIndex:
 
     def region(self, key: ExpertKey) -> int:
         """Bytes of the whole pages that a record occupies."""
-        return round_up(self.records[key.layer][key.expert].phase + self.layouts[key.layer].nbytes, PAGE)
+        return round_up(self.record(key).phase + self.layouts[key.layer].nbytes, PAGE)
 
-    def keys(self) -> list[ExpertKey]:
-        """All records, in the order of their layers and numbers."""
-        return [ExpertKey(layer, expert) for layer, row in enumerate(self.records) for expert in range(len(row))]
+    def placed(self) -> list[ExpertKey]:
+        """All records, in the order of their places in the files."""
+        keys = [ExpertKey(layer, expert) for layer, row in enumerate(self.records) for expert in range(len(row))]
+        return sorted(keys, key=lambda key: (self.record(key).file, self.record(key).offset))
+
+    def record(self, key: ExpertKey) -> Record:
+        """Where a record lies."""
+        return self.records[key.layer][key.expert]
 
     @property
     def slot_nbytes(self) -> int:
         """Bytes a slot needs to hold any record: whole pages."""
-        return max(self.region(key) for key in self.keys())
+        return max(self.region(key) for key in self.placed())
 
     def save(self) -> None:
         """Write the index in one step, and make sure that it stays. Everything it names must be on the disk before."""
@@ -180,15 +186,14 @@ class PackedIndex:
         if not self.layouts or not all(self.records):
             raise ValueError("no records")
         ends: dict[int, list[tuple[int, int]]] = {}
-        for key in self.keys():
-            record = self.records[key.layer][key.expert]
+        for key in self.placed():
+            record = self.record(key)
             end = record.offset + self.region(key)
             if record.offset % PAGE or not record.phase < PAGE or end > self.files[record.file][1]:
                 raise ValueError(f"{key} lies at {record.offset} of {self.files[record.file][0]}")
             ends.setdefault(record.file, []).append((record.offset, end))
         for spans in ends.values():
-            spans.sort()
-            if any(first[1] > second[0] for first, second in zip(spans, spans[1:], strict=False)):
+            if any(first[1] > second[0] for first, second in pairwise(spans)):
                 raise ValueError("records overlap")
 
     def _check_sizes(self) -> None:

@@ -1,8 +1,8 @@
 """Where in the checkpoint's files the bytes of a record came from, and how to put them back.
 
-A field is either the sources' bytes as they are, or the same elements in another order (transposed, interleaved), perhaps
-in another dtype. The order is found by letting the loader's own operations move numbers instead of weights, and written
-as nested strides; whether going back gives the very bytes is tried on every record when it is packed.
+A field is either the sources' bytes as they are, or the same elements in another order (transposed, interleaved),
+perhaps in another dtype. The order is found by letting the loader's own operations move numbers instead of weights, and
+written as nested strides; whether going back gives the very bytes is tried on every record when it is packed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def sources_of(layer: LayerMap) -> LayerSources | str:
         if strides is None:
             return f"{own.name} is computed from the checkpoint's tensors, not only rearranged"
         fields.append(FieldSources(own.name, dtypes.pop(), strides))
-    spans = tuple(tuple(_spans(recipe, layer.layout, number) for number in range(len(fields))) for recipe in layer.recipes)
+    spans = tuple(
+        tuple(_spans(recipe, layer.layout, number) for number in range(len(fields))) for recipe in layer.recipes
+    )
     return LayerSources(tuple(fields), spans)
 
 

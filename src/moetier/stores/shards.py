@@ -106,7 +106,7 @@ class Shards:
     def from_headers(cls, files: Sequence[tuple[Path, Path, int]], fingerprint: str) -> Shards:
         """A checkpoint whose files are not there: (file as it was called, file with its header, its size in bytes)."""
         tensors: dict[str, TensorEntry] = {}
-        for number, (path, kept, size) in enumerate(files):
+        for number, (_, kept, size) in enumerate(files):
             with _opened(kept) as file:
                 raw = _read(file, 0, file.size)
             if len(raw) != 8 + int.from_bytes(raw[:8], "little"):
