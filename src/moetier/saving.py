@@ -41,7 +41,7 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
             raise ConfigError("push_to_hub is not supported for tiered models; save to a folder and upload that")
         if shards.known:
             raise ConfigError(
-                f"{shards.files[0].parent}: saving a model that was loaded from a packed store is not supported; make the "
+                f"{shards.files[0].parent}: a model that was loaded from a packed store cannot be saved; make the "
                 "checkpoint again (moetier unpack) and load that"
             )
         folder = Path(save_directory)
