@@ -103,9 +103,10 @@ def killed_at(model: Checkpoint, out: Path, number: int) -> bool:
 @pytest.fixture(scope="module")
 def steps(model: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> int:
     """How many steps an undisturbed pack has."""
+    out = tmp_path_factory.mktemp("packing") / "counted"
     with pytest.MonkeyPatch.context() as patch:
         count = at_step(patch, -1, lambda: None)
-        pack(model, tmp_path_factory.mktemp("packing") / "counted")
+        pack(model, out)
         return count()
 
 
