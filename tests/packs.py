@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from conftest import family_class
-from moetier.loading import skeleton
 from moetier.packing import Checkpoint, Packed, pack
 
 
 def mapped(folder: Path, name: str = "qwen3_moe", dtype: torch.dtype | None = None) -> Checkpoint:
     """A checkpoint as `pack` takes it."""
-    made = skeleton(folder, dtype, family_class(name))
-    return Checkpoint(folder, made.shards, made.maps, "auto" if dtype is None else str(dtype).removeprefix("torch."))
+    return Checkpoint.open(
+        folder, "auto" if dtype is None else str(dtype).removeprefix("torch."), model_class=family_class(name)
+    )
 
 
 def packed(

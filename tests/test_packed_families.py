@@ -38,8 +38,12 @@ def records(store: CheckpointStore | PackedStore) -> list[bytes]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.bfloat16) for name in LAYOUTS]
+    + [(name, torch.float32) for name in ("qwen3_moe", "gpt_oss", "muse_spark", "inkling2_text")],
+    ids=str,
+)
 def test_bits_do_not_change(
     name: str, dtype: torch.dtype, checkpoint: Get, plain: Get, tiered: Get, tmp_path: Path
 ) -> None:

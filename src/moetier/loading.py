@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from moetier.errors import CheckpointError, ConfigError, MoetierError, UnsupportedModelError
 from moetier.hf import Options, TieredExpertsConfig, detach_experts, find_experts, map_experts, plan_for
-from moetier.mapping import LayerMap
+from moetier.mapping import DTYPES, LayerMap
 from moetier.plan import Plan
 from moetier.sizing import kv_nbytes
 from moetier.stores.opening import find_packed, original_shards
@@ -158,7 +158,7 @@ def skeleton(
     shards = check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
-        dtype = dtype or getattr(config, "dtype", None) or torch.float32
+        dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(shards)
         with torch.device("meta"):
             make = getattr(model_class, "from_config", None) or model_class._from_config
             model = make(config, dtype=dtype, **kwargs)
@@ -167,6 +167,12 @@ def skeleton(
     modules = find_experts(model)
     maps, top_k = map_experts(model, modules, shards, dtype)
     return Skeleton(model, modules, shards, maps, top_k)
+
+
+def _stored_dtype(shards: Shards) -> torch.dtype:
+    """What the loader takes where the config says nothing: the dtype of the first weight."""
+    entries = sorted(shards.tensors.values(), key=lambda entry: (entry.file, entry.offset))
+    return next((DTYPES[entry.dtype] for entry in entries if entry.dtype in DTYPES), torch.float32)
 
 
 def _packed_config(folder: Path, kwargs: dict[str, Any]) -> Any:

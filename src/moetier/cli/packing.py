@@ -156,20 +156,13 @@ def unpack(
 
 
 def _map(folder: Path, dtype: str, trust_remote_code: bool, verbose: bool, console: Console) -> Checkpoint:
-    import torch
-
-    from moetier.loading import skeleton
     from moetier.packing import Checkpoint
-    from moetier.stores.packed_index import is_store
 
-    if is_store(folder):
-        raise ConfigError(f"{folder}: is a packed store itself; give the checkpoint (`moetier unpack` makes it again)")
     extra: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     with console.status("mapping experts"), warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
-        made = skeleton(folder, None if dtype == "auto" else getattr(torch, dtype), **extra)
-    return Checkpoint(folder, made.shards, made.maps, dtype)
+        return Checkpoint.open(folder, dtype, **extra)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT, PAGE, round_up
 from moetier.stores.checkpoint import CheckpointStore
 from moetier.stores.diskio import aligned_buffer
-from moetier.stores.packed_index import INDEX, RESIDENT, PackedIndex, Record, checksum, sync_folder
+from moetier.stores.packed_index import INDEX, RESIDENT, PackedIndex, Record, checksum, is_store, sync_folder
 from moetier.stores.packed_sources import LayerSources, sources_of, uncovered
 from moetier.stores.shards import Shards
 
@@ -43,6 +44,21 @@ class Checkpoint:
     shards: Shards
     maps: Sequence[LayerMap]
     dtype: str  # as asked for: auto, float32, …
+
+    @classmethod
+    def open(cls, folder: Path, dtype: str = "auto", **options: Any) -> Checkpoint:
+        """Find the experts of a local model folder; no weight is loaded. `options` go to `moetier.loading.skeleton`.
+
+        Raises what `moetier.from_pretrained` raises for the checkpoint, and `ConfigError` for a packed store.
+        """
+        from moetier.loading import skeleton
+
+        if is_store(folder):
+            raise ConfigError(
+                f"{folder}: is a packed store itself; give the checkpoint (`moetier unpack` makes it again)"
+            )
+        made = skeleton(folder, None if dtype == "auto" else getattr(torch, dtype), **options)
+        return cls(folder, made.shards, made.maps, dtype)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ class Draft:
         """Find out what is done, by reading it; `progress` is told of the bytes of records that are."""
         assert self._file is not None
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")[:-1]  # what follows the last line end was torn off
+        *lines, torn = self._file.read().split(b"\n")
+        if torn:
+            self._append(b"\n")  # the line that a kill tore off matches nothing, and must not swallow the next one
         buffer = aligned_buffer(self.index.slot_nbytes)
         files: dict[int, DiskFile | None] = {}
         try:
@@ -110,10 +112,6 @@ class Draft:
             for file in files.values():
                 if file is not None:
                     file.close()
-        good = [_record_line(key, *done) for key, done in self.records.items()]
-        good += [_file_line(name, item) for name, item in self.contents.items()]
-        self._file.truncate(0)  # torn lines go; a kill before the next write only means work done twice
-        self._append(b"".join(good))
 
     def _holds(self, key: ExpertKey, expected: int, buffer: memoryview, files: dict[int, DiskFile | None]) -> bool:
         if key in self.records or key.layer >= len(self.index.records):
@@ -133,18 +131,17 @@ class Draft:
     def record_done(self, key: ExpertKey, found: int, exact: bool) -> None:
         """A record is written."""
         self.records[key] = found, exact
-        self._append(_record_line(key, found, exact))
+        self._append(b"record %d %d %d %d\n" % (key.layer, key.expert, found, exact))
 
     def file_done(self, name: str, found: Contents) -> None:
         """A file without records is written."""
         self.contents[name] = found
-        self._append(_file_line(name, found))
+        self._append(b"file %d %d %s\n" % (found.nbytes, found.checksum, name.encode()))
 
     def _append(self, data: bytes) -> None:
         assert self._file is not None
         try:
-            if data:
-                self._file.write(data)
+            self._file.write(data)
         except OSError as error:
             raise StoreError(f"{self.folder / JOURNAL}: cannot be written: {error.strerror}") from error
 
@@ -194,11 +191,3 @@ def refuse_foreign(folder: Path) -> None:
     foreign = [name for name in sorted(os.listdir(folder)) if name not in (JOURNAL, f".{DRAFT}.tmp", f".{INDEX}.tmp")]
     if foreign:
         raise ConfigError(f"{folder}: holds {foreign[0]} and is no packed store; give a new or empty folder")
-
-
-def _record_line(key: ExpertKey, found: int, exact: bool) -> bytes:
-    return b"record %d %d %d %d\n" % (key.layer, key.expert, found, exact)
-
-
-def _file_line(name: str, found: Contents) -> bytes:
-    return b"file %d %d %s\n" % (found.nbytes, found.checksum, name.encode())
