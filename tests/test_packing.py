@@ -10,6 +10,7 @@ import random
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moetier.packing import Checkpoint, datafile, pack
 from moetier.packing.draft import Draft
 from moetier.packing.verify import verify
 from moetier.profile import Profile
-from moetier.stores.packed_index import DRAFT, INDEX, JOURNAL, RESIDENT, PackedIndex
+from moetier.stores.packed_index import DRAFT, INDEX, JOURNAL, RESIDENT, Contents, PackedIndex
 from packs import mapped, own, sums
 
 Get = Callable[..., Any]
@@ -258,6 +259,9 @@ def test_a_folder_with_another_store_or_draft(
         pack(model, out)
     assert sums(out) == before
     assert pack(other, out).was_there
+    index = PackedIndex.load(out)
+    (out / "tokenizer.json").write_text("{}")  # as if it belonged to the other model
+    replace(index, contents=index.contents | {"tokenizer.json": Contents(2, 0)}).save()
     assert not pack(model, out, again=True).was_there
     assert sums(out) == whole
     with monkeypatch.context() as patch:

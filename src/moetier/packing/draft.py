@@ -1,8 +1,8 @@
 """A pack under way: its plan, the journal of what is done, and who may go on with it.
 
-A draft is a folder with `packing.json` (the plan: the index without checksums) and no index. Every record or file that
-has been written gets a line in `packing.journal`. The journal is not trusted: who goes on with a draft reads what it
-names and compares checksums, so that neither a kill nor a power failure at any moment can leave a bad record behind.
+A draft is a folder with a plan (`moetier-packing.json`: the index without checksums) and no index. Every record or file
+that has been written gets a line in the journal. The journal is not trusted: who goes on with a draft reads what it names
+and compares checksums, so that neither a kill nor a power failure at any moment can leave a bad record behind.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from moetier.stores.packed_index import (
     Contents,
     PackedIndex,
     checksum,
+    is_inside,
+    listed,
     sync_folder,
     write_durably,
 )
@@ -106,7 +108,7 @@ class Draft:
                         progress(self.index.region(key))
                 elif match := _FILE.fullmatch(line):
                     name, found = match[3].decode(errors="replace"), Contents(int(match[1]), int(match[2]))
-                    if contents_of(self.folder / name) == found:
+                    if is_inside(name) and contents_of(self.folder / name) == found:
                         self.contents[name] = found
         finally:
             for file in files.values():
@@ -125,7 +127,10 @@ class Draft:
         file, region = files[record.file], buffer[: self.index.region(key)]
         if file is None or file.size < record.offset + len(region):
             return False
-        file.read_into(record.offset, region)
+        try:
+            file.read_into(record.offset, region)
+        except StoreError:  # a page that cannot be read may be written again
+            return False
         return checksum(key, region) == expected
 
     def record_done(self, key: ExpertKey, found: int, exact: bool) -> None:
@@ -153,9 +158,14 @@ class Draft:
     def clear(self) -> None:
         """Remove the store or draft that is there, the index first: what is left must never be taken for a store."""
         assert self._file is not None
-        for name in (INDEX, DRAFT):
+        self._file.seek(0)
+        found = [_FILE.fullmatch(line) for line in self._file.read().split(b"\n")]
+        named = (match[3].decode(errors="replace") for match in found if match)
+        copies = {*listed(self.folder), *(name for name in named if is_inside(name))}
+        for name in (INDEX, DRAFT, *copies):
             (self.folder / name).unlink(missing_ok=True)
-            sync_folder(self.folder)
+            if name in (INDEX, DRAFT):
+                sync_folder(self.folder)
         self._file.truncate(0)
         for pattern in _OURS:
             for path in self.folder.glob(pattern):

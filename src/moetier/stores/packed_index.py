@@ -25,8 +25,8 @@ from moetier.record import PAGE, Field, RecordLayout, round_up
 FORMAT = "moetier packed store"
 VERSION = 1
 INDEX = "moetier-store.json"
-DRAFT = "packing.json"
-JOURNAL = "packing.journal"
+DRAFT = "moetier-packing.json"
+JOURNAL = "moetier-packing.journal"
 RESIDENT = "resident.safetensors"
 SHARDS = "shards"
 PADDING = "moetier.padding"  # tensors of the resident file that only take up room
@@ -214,6 +214,14 @@ class PackedIndex:
                 )
 
 
+def listed(folder: Path) -> list[str]:
+    """The files without records that an index names, as far as it can be read."""
+    try:
+        return [_name(name) for name in json.loads((folder / INDEX).read_text("utf-8"))["contents"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+
+
 def is_store(folder: Path) -> bool:
     """Whether a folder holds a packed store, finished or begun."""
     return (folder / INDEX).exists() or (folder / DRAFT).exists()
@@ -295,9 +303,14 @@ def _count(value: Any) -> int:
     return value
 
 
+def is_inside(name: str) -> bool:
+    """Whether a file of this name would lie in the folder."""
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and name.isprintable()
+
+
 def _name(value: Any) -> str:
-    path = Path(str(value))
-    if path.is_absolute() or ".." in path.parts or not path.parts or not str(value).isprintable():
+    if not is_inside(str(value)):
         raise ValueError(f"{value!r} leads out of the folder")
     return str(value)
 
