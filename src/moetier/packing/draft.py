@@ -1,8 +1,8 @@
 """A pack under way: its plan, the journal of what is done, and who may go on with it.
 
 A draft is a folder with a plan (`moetier-packing.json`: the index without checksums) and no index. Every record or file
-that has been written gets a line in the journal. The journal is not trusted: who goes on with a draft reads what it names
-and compares checksums, so that neither a kill nor a power failure at any moment can leave a bad record behind.
+that has been written gets a line in the journal. The journal is not trusted: who goes on with a draft reads what it
+names and compares checksums, so that neither a kill nor a power failure can leave a bad record behind.
 """
 
 from __future__ import annotations
