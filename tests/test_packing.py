@@ -23,6 +23,9 @@ from moetier.packing import Checkpoint, datafile, pack
 from moetier.packing.draft import Draft
 from moetier.packing.verify import verify
 from moetier.profile import Profile
+from moetier.stores import packed
+from moetier.stores.diskio import aligned_buffer
+from moetier.stores.packed import PackedStore, cuts
 from moetier.stores.packed_index import DRAFT, INDEX, JOURNAL, RESIDENT, Contents, PackedIndex
 from packs import mapped, own, sums
 
@@ -303,9 +306,6 @@ def test_hot_experts_lie_together(model: Checkpoint, whole: dict[str, str], tmp_
 
 def test_records_larger_than_a_request(model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts cover the record once, begin on pages of the file, and are about even."""
-    from moetier.stores import packed
-    from moetier.stores.packed import PackedStore, cuts
-
     monkeypatch.setattr(packed, "REQUEST_NBYTES", 8192)
     for nbytes, phase in [(1, 0), (4096, 0), (8192, 0), (8193, 0), (20480, 0), (30000, 8), (8190, 8), (70000, 63)]:
         parts = cuts(nbytes, phase)
@@ -325,5 +325,25 @@ def test_records_larger_than_a_request(model: Checkpoint, tmp_path: Path, monkey
         raw = (tmp_path / "out" / "experts-00000.bin").read_bytes()
         offset = index.record(key).offset
         assert bytes(into) == raw[offset : offset + len(into)]
+    finally:
+        store.close()
+
+
+def test_a_read_is_one_call_without_a_copy(model: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pages land in the slot: no scratch page in front or behind."""
+    store = PackedStore(pack(model, tmp_path / "out").index)
+    real, calls = os.preadv, []
+
+    def preadv(fd: int, parts: list[memoryview], offset: int) -> int:
+        calls.append([len(part) for part in parts])
+        return real(fd, parts, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    try:
+        if not store.direct:
+            pytest.skip("no direct I/O here")
+        slot = aligned_buffer(store.slot_nbytes)
+        store.read(ExpertKey(2, 4), 0, slot[: store.layout(2).nbytes])
+        assert calls == [[store.slot_nbytes]]
     finally:
         store.close()
