@@ -39,6 +39,9 @@ from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
+from moetier.stores.opening import find_packed, shards_of
+from moetier.stores.packed import PackedStore
+from moetier.stores.packed_index import PADDING, PackedIndex
 from moetier.stores.shards import Shards
 from moetier.tiers import configure
 
@@ -56,7 +59,8 @@ class Options:
     `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
     depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
-    `record_profile` counts uses for `model.moetier.profile()`.
+    `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
+    experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
     """
 
     device_memory: str | int | None = None
@@ -72,6 +76,7 @@ class Options:
     pin_after: int | None = None
     profile: str | None = None
     record_profile: bool = False
+    store: str | None = None
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
@@ -310,7 +315,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ConfigError("moetier reads safetensors checkpoints only; pass the folder or hub id of one")
         self._modules = find_experts(model)
-        self._shards = Shards.from_files([Path(file) for file in checkpoint_files])
+        self._shards = shards_of([Path(file) for file in checkpoint_files])
         self._maps, self._top_k = map_experts(model, self._modules, self._shards, dtype)
         detach_experts(model, self._modules)
         self._kv_nbytes = kv_nbytes(model, self.options.context)
@@ -350,7 +355,7 @@ def _dtype_plan(model: Any, dtype: Any) -> Callable[[str, torch.dtype], torch.dt
 
 def detach_experts(model: Any, modules: list[tuple[str, Any]]) -> None:
     """Take the stacked parameters away, before anything is allocated for them."""
-    unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
+    unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | {rf"^{re.escape(PADDING)}\."}
     for name, module in modules:
         for field in per_expert_parameters(module):
             del module._parameters[field]
@@ -375,10 +380,15 @@ def attach_cache(
     if len(devices) != 1:
         raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
     device = devices.pop()
-    plan = plan_for(model, maps, options, device, top_k, kv)
+    packed = find_packed(shards, [m.layout for m in maps], options.store)
+    plan = plan_for(model, maps, options, device, top_k, kv, packed)
     if plan.status is Status.BUDGET_EXHAUSTED:
         raise CapacityError(plan.advice, minimum_slots=1)
-    store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    store: CheckpointStore | PackedStore
+    if packed is not None:
+        store = PackedStore(packed, options.io)
+    else:
+        store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
     try:
         cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
@@ -416,15 +426,24 @@ def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards,
         cache.profile = Profile(layers, experts, model=name, fingerprint=fingerprint, source="a live run")
 
 
-def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.device, top_k: int, kv: int) -> Plan:
+def plan_for(
+    model: Any,
+    maps: list[LayerMap],
+    options: Options,
+    device: torch.device,
+    top_k: int,
+    kv: int,
+    packed: PackedIndex | None = None,
+) -> Plan:
     """The plan for a model whose experts are detached (its other weights may be on the meta device)."""
+    slot = packed.slot_nbytes if packed else slot_nbytes([m.layout for m in maps], [m.recipes for m in maps])
     records = sum(len(m.recipes) for m in maps)
     workload = Workload(
         layers=len(maps),
         records=records,
         top_k=top_k,
         record_nbytes=record_nbytes(maps),
-        slot_nbytes=slot_nbytes([m.layout for m in maps], [m.recipes for m in maps]),
+        slot_nbytes=slot,
         resident_nbytes=resident_nbytes(model),
         kv_nbytes=kv,
         context=options.context,
@@ -465,7 +484,7 @@ def budgets(options: Options, device: torch.device) -> Machine:
 
 
 def build_cache(
-    store: CheckpointStore, plan: Plan, options: Options, device: torch.device
+    store: CheckpointStore | PackedStore, plan: Plan, options: Options, device: torch.device
 ) -> tuple[ExpertCache, Recorder | None]:
     """Arenas, residency core and cache for a plan."""
     on_gpu = device.type != "cpu"

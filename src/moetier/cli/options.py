@@ -79,6 +79,14 @@ UseProfile = Annotated[
         rich_help_panel=_TIERS,
     ),
 ]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="Read experts from this packed store; none: from the checkpoint. Default: the store beside it, if any.",
+        metavar="PATH|none",
+        rich_help_panel=_TIERS,
+    ),
+]
 
 Device = Annotated[
     str | None,

@@ -37,6 +37,7 @@ def plan(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     policy: o.Policy = "horizon",
+    store: o.Store = None,
     trace: Annotated[
         str | None,
         typer.Option(help="Predict from this recorded routing.", metavar="FILE", rich_help_panel=_FORECAST),
@@ -94,6 +95,7 @@ def plan(
         policy=policy,
         context=context,
         readers=readers,
+        store=store,
     )
     options.check()
     folder = find(model, revision, console)

@@ -36,6 +36,7 @@ def run(
     io: o.IO = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
+    store: o.Store = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -88,6 +89,7 @@ def run(
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        store=store,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
