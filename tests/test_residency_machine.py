@@ -8,7 +8,9 @@ its newest version. So a slot reused too early, a stale home or a lost update al
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -205,8 +207,15 @@ def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
 class CoreMachine(RuleBasedStateMachine):
     """Several live accesses over one to three tiers; copies end in any order, some fail."""
 
-    @initialize(top=tier_configs(True), lower=st.lists(tier_configs(False), max_size=2), in_place=st.booleans())
-    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool) -> None:
+    @initialize(
+        top=tier_configs(True),
+        lower=st.lists(tier_configs(False), max_size=2),
+        in_place=st.booleans(),
+        exclusive=st.sampled_from([{}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]),
+    )
+    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool, exclusive: dict[str, Any]) -> None:
+        if lower:
+            lower[0] = replace(lower[0], **exclusive)
         self.run = Run([top, *lower], in_place)
 
     @precondition(lambda self: len(self.run.live) < 3)
@@ -281,6 +290,8 @@ def random_tiers(random: Random) -> list[TierConfig]:
         staging = random.choice([0, 0, 1, 2])
         policy, admission = random.choice(ONLINE), random.choice(sorted(ADMISSIONS))
         tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
+    if len(tiers) > 1 and random.random() < 0.6:
+        tiers[1] = replace(tiers[1], exclusive=True, spare=random.choice([0, 1, 2, 8]), refill=random.random() < 0.2)
     return tiers
 
 

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from moetier.errors import ConfigError
 from moetier.simulate.config import Link, Timing
-from moetier.tiers import Copy, Kind
+from moetier.tiers import BACKGROUND, Copy, Kind
 
 Order = tuple[int, int]  # the cache that ordered it, the id of the copy
 
@@ -99,7 +99,7 @@ class VirtualMover:
             path = self._path(copy)
             link = path.pop()
             flight = Flight((cache, copy.id), path)
-            (link.prefetch if copy.kind is Kind.PREFETCH else link.demand).append(flight)
+            (link.prefetch if copy.kind in BACKGROUND else link.demand).append(flight)
             self._begin(link, now)
 
     def promote(self, cache: int, copy_ids: Iterable[int]) -> None:
@@ -138,6 +138,8 @@ class VirtualMover:
         if copy.kind is Kind.WRITE_BACK:  # from a device through host memory
             from_host = copy.source.tier == self._home - 1
             return [self._disk_write] if from_host else [self._disk_write, self._d2h]
+        if copy.kind is Kind.DEMOTE:
+            return [self._d2h]
         return [self._disk_read] if copy.source.tier == self._home else [self._h2d]
 
     def _begin(self, link: VirtualLink, now: float) -> None:
