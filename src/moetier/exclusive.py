@@ -12,11 +12,10 @@ Part of the residency core: uses its books, decides like it, knows no bytes and 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from moetier.access import Access, ExpertKey
-from moetier.tiers import READY, STAGING, Entry, Kind, Tier
+from moetier.tiers import READY, STAGING, Entry, Kind, Room, Tier
 
 if TYPE_CHECKING:
     from moetier.residency import Residency
@@ -64,35 +63,58 @@ class Exclusive:
         free = [entry for entry in victims if entry.key in self.doubles or entry.dirty]
         if len(free) < need and self.ahead:
             chosen = {entry.key for entry in free}
-            for key in sorted(self.ahead - chosen):
-                entry = self.upper.entries[key]
-                if not entry.leases and key not in self.core._pinned and len(free) < need:
-                    free.append(entry)
+            reserve = [key for key in sorted(self.ahead - chosen) if self._may_leave(key)]
+            free += [self.upper.entries[key] for key in reserve[: need - len(free)]]
         if background or len(free) >= need:
             return free
         stuck = [entry for entry in victims if entry.key not in self.doubles and not entry.dirty][: need - len(free)]
         if self.fits:
             keep = [entry for entry in stuck if not entry.lost]
-            self._demote(keep, {entry.key for entry in free}, access, urgent=True)
+            promised = Room(self.upper, access)
+            promised.victims = free
+            self._demote(keep, promised, access, urgent=True)
             if free or self._room_is_coming():
                 stuck = [entry for entry in stuck if entry.lost]
         return free + stuck
 
-    def places(self, need: int, access: Access, leaving: Collection[ExpertKey], background: bool) -> list[Entry]:
-        """Who makes room in tier 1, best first: doubles, then the policy's order. Not a double of who is `leaving`."""
-        entries = self.lower.entries
+    def places(self, need: int, access: Access, above: Room | None, background: bool = False) -> list[Entry]:
+        """Who makes room in tier 1, best first: doubles, then the policy's order.
+
+        `above` has promised that some records leave tier 0: their doubles are spared. Where all records fit nothing
+        else goes: a demand waits if room is coming, or has it from promises that are taken back.
+        """
+        entries, leaving = self.lower.entries, {entry.key for entry in above.victims} if above is not None else set()
         doubles = [entries[key] for key in reversed(self.doubles) if not entries[key].leases and key not in leaving]
-        found = [entry for entry in doubles if entry.key not in self.ahead]
+        reserve = {key for key in self.ahead if self._may_leave(key)}
+        found = [entry for entry in doubles if entry.key not in reserve]
         if not background:
-            found += [entry for entry in doubles if entry.key in self.ahead]
-        if len(found) >= need:
+            found += [entry for entry in doubles if entry.key in reserve]
+        if len(found) >= need or (background and self.fits):
             return found[:need]
-        if self.fits and (background or self._room_is_coming()):
-            return found
-        found += self.core._eligible(self.lower, need - len(found), access, background)
+        if self.fits:
+            if above is not None:
+                found += self._taken_back(above, len(found))
+            if found or self._room_is_coming():
+                return found[:need]
+        found += self.core._eligible(self.lower, need - len(found), access)
         if not background:
             found += [entries[key] for key in leaving if key in self.doubles and not entries[key].leases]
         return found[:need]
+
+    def _taken_back(self, above: Room, found: int) -> list[Entry]:
+        """The doubles of records that may stay in tier 0 after all, so that both tiers have a slot for the same miss."""
+        doubles: list[Entry] = []
+        for entry in above.victims[:]:  # the best is last
+            if len(above.victims) + max(0, above.spare) <= found + len(doubles) + 1:
+                break
+            double = self.lower.entries[entry.key] if entry.key in self.doubles else None
+            if double is not None and not double.leases:
+                above.victims.remove(entry)
+                doubles.append(double)
+        return doubles
+
+    def _may_leave(self, key: ExpertKey) -> bool:
+        return not self.upper.entries[key].leases and key not in self.core._pinned
 
     def _room_is_coming(self) -> bool:
         """Whether something under way will let a slot be left, in tier 0 or, for a demotion, in tier 1."""
@@ -124,11 +146,9 @@ class Exclusive:
         victims = self.core._eligible(self.upper, spare, access) if spare > 0 else []
         self.ahead = {entry.key for entry in victims if entry.key in self.doubles}
         alone = [entry for entry in victims if entry.key not in self.doubles and not entry.dirty and not entry.lost]
-        self._demote(alone, self.ahead, access)
+        self._demote(alone, None, access)
 
-    def _demote(
-        self, victims: list[Entry], leaving: Collection[ExpertKey], access: Access, urgent: bool = False
-    ) -> None:
+    def _demote(self, victims: list[Entry], leaving: Room | None, access: Access, urgent: bool = False) -> None:
         """Copy records of tier 0 down, the best victim first, as far as there are places for them."""
         if not victims:
             return
@@ -154,7 +174,7 @@ class Exclusive:
         core = self.core
         if core._depth(key) == 1 or key in self.upper.entries or key in core._leaving:
             return
-        rooms = [core._room(tier, 1, access, (), background=True) for tier in core._tiers[1 : core._depth(key)]]
+        rooms = [core._room(tier, 1, access, background=True) for tier in core._tiers[1 : core._depth(key)]]
         grants = core._grants(key, rooms)
         if grants and STAGING not in grants:
             core._fill(key, grants, Kind.PREFETCH, access, first=1)

@@ -339,8 +339,8 @@ class Residency:
             first = 1 if key in ticket.in_place else 0  # the tier that serves it
             depth = self._depth(key) if self._lower else 1
             while len(rooms) < depth:
-                leaving = {entry.key for entry in rooms[0].victims} if rooms and self._exclusive is not None else ()
-                rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access, leaving))
+                above = rooms[-1] if rooms else None
+                rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access, above))
             grants = self._grants(key, rooms[first:depth])
             if not grants:
                 ticket.waiting.append(key)
@@ -370,16 +370,11 @@ class Residency:
         self._stuck = [ticket for ticket in self._stuck if ticket.waiting]
 
     def _room(
-        self,
-        tier: Tier,
-        wanted: int,
-        access: Access,
-        leaving: Collection[ExpertKey] = (),
-        background: bool = False,
+        self, tier: Tier, wanted: int, access: Access, above: Room | None = None, background: bool = False
     ) -> Room:
         """What a tier can give to a batch of misses that would displace up to `wanted` records.
 
-        `leaving` are promised to leave the tier above; in the `background` nobody waits for what is asked for.
+        `above` is what the tier above gives to them; in the `background` nobody waits for what is asked for.
         """
         room = Room(tier, access)
         need = wanted - max(0, room.spare)
@@ -390,7 +385,7 @@ class Residency:
             elif tier is self._top:
                 victims = exclusive.leavers(need, access, background)
             else:
-                victims = exclusive.places(need, access, leaving, background)
+                victims = exclusive.places(need, access, above, background)
                 room.doubles = exclusive.doubles
             room.victims = victims[::-1]
         return room
