@@ -135,11 +135,25 @@ class Run:
         self.live.remove(ticket)
         self.held = [(other, key) for other, key in self.held if other is not ticket]
 
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
         before = self.core.residents()
-        accepted = self.core.prefetch(key, displace)
-        assert displace or before <= self.core.residents(), "a prefetch displaced something"
+        core = self.core.core
+        new = {key for key, entry in core._top.entries.items() if entry.leases or entry.round == core._round}
+        accepted = self.core.prefetch(key, displace, staged)
+        after = self.core.residents()
+        assert (displace and not staged) or before <= after, "a prefetch displaced something"
+        assert before & new <= after, "a prefetch displaced what is live or just loaded"
         assert not (accepted and key in before)
+        assert not staged or not accepted or core._top.entries[key].transient
+
+    def withdraw(self, random: Random) -> None:
+        """What a mover does with the copies that nobody wants: it may have begun them, or not."""
+        obsolete = [copy_id for copy_id in self.core.obsolete if copy_id in self.memory.flights]
+        self.core.obsolete.clear()
+        for copy_id in obsolete:
+            if random.random() < 0.7:
+                del self.memory.flights[copy_id]
+                self.core.cancelled(copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         try:
@@ -176,6 +190,9 @@ class Run:
         """Nothing hangs, nothing is lost, every record can still be had, and a replay decides the same."""
         self.drain()
         self.check()
+        staged = {key for key, entry in self.core.core._top.entries.items() if entry.transient}
+        for key in staged:
+            assert not self.core.cancel(key), "its bytes are there"
         assert not self.core.tickets and all(not tier.transients for tier in self.core.core._tiers)
         tiers = self.core.core._tiers
         top = tiers[0].entries
@@ -247,13 +264,14 @@ class CoreMachine(RuleBasedStateMachine):
     def complete(self, data: st.DataObject, ok: bool) -> None:
         self.run.memory.end(data.draw(st.sampled_from(sorted(self.run.memory.flights))), ok)
 
-    @rule(key=st.sampled_from(KEYS), displace=st.booleans())
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
-        self.run.prefetch(key, displace)
+    @rule(key=st.sampled_from(KEYS), displace=st.booleans(), staged=st.booleans())
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
+        self.run.prefetch(key, displace, staged)
 
-    @rule(key=st.sampled_from(KEYS))
-    def cancel(self, key: ExpertKey) -> None:
+    @rule(key=st.sampled_from(KEYS), seed=st.integers(0, 3))
+    def cancel(self, key: ExpertKey, seed: int) -> None:
         self.run.core.cancel(key)
+        self.run.withdraw(Random(seed))
 
     @rule(key=st.sampled_from(KEYS))
     def pin(self, key: ExpertKey) -> None:
@@ -299,7 +317,7 @@ def random_step(run: Run, random: Random) -> None:
     key = random.choice(KEYS)
     kind = random.choices(
         ["acquire", "use", "release", "start", "complete", "abort", "prefetch", "cancel", "pin", "unpin"],
-        [10, 20, 20, 14, 24, 1, 5, 2, 2, 2],
+        [10, 20, 20, 14, 24, 1, 6, 4, 2, 2],
     )[0]
     ready = [ticket for ticket in run.live if ticket.ready]
     if kind == "acquire" and len(run.live) < 3:
@@ -316,9 +334,11 @@ def random_step(run: Run, random: Random) -> None:
     elif kind == "abort" and run.live:
         run.abort(random.choice(run.live))
     elif kind == "prefetch":
-        run.prefetch(key, random.random() < 0.5)
+        run.prefetch(key, random.random() < 0.5, random.random() < 0.4)
     elif kind == "cancel":
         run.core.cancel(key)
+        if random.random() < 0.8:
+            run.withdraw(random)
     elif kind == "pin":
         run.pin(key)
     elif kind == "unpin":

@@ -64,6 +64,8 @@ class Exclusive:
         if len(free) < need and self.ahead:
             chosen = {entry.key for entry in free}
             reserve = [key for key in sorted(self.ahead - chosen) if self._may_leave(key)]
+            if background:
+                reserve = [key for key in reserve if not self.core._is_new(self.upper.entries[key])]
             free += [self.upper.entries[key] for key in reserve[: need - len(free)]]
         if background or len(free) >= need:
             return free
@@ -84,11 +86,10 @@ class Exclusive:
         else goes: a demand waits if room is coming, or has it from promises that are taken back.
         """
         entries, leaving = self.lower.entries, {entry.key for entry in above.victims} if above is not None else set()
-        doubles = [entries[key] for key in reversed(self.doubles) if not entries[key].leases and key not in leaving]
-        reserve = {key for key in self.ahead if self._may_leave(key)}
-        found = [entry for entry in doubles if entry.key not in reserve]
+        found = [entry for entry in self.spare_doubles() if entry.key not in leaving]
         if not background:
-            found += [entry for entry in doubles if entry.key in reserve]
+            reserve = (key for key in sorted(self.ahead - leaving) if self._may_leave(key))
+            found += [entries[key] for key in reserve if not entries[key].leases]
         if len(found) >= need or (background and self.fits):
             return found[:need]
         if self.fits:
@@ -96,13 +97,19 @@ class Exclusive:
                 found += self._taken_back(above, len(found))
             if found or self._room_is_coming():
                 return found[:need]
-        found += self.core._eligible(self.lower, need - len(found), access)
+        found += self.core._eligible(self.lower, need - len(found), access, background)
         if not background:
             found += [entries[key] for key in leaving if key in self.doubles and not entries[key].leases]
         return found[:need]
 
+    def spare_doubles(self) -> list[Entry]:
+        """Of tier 1, the newest first, without those whose records leave tier 0 next."""
+        entries, ahead = self.lower.entries, self.ahead
+        doubles = (key for key in reversed(self.doubles) if not (key in ahead and self._may_leave(key)))
+        return [entries[key] for key in doubles if not entries[key].leases]
+
     def _taken_back(self, above: Room, found: int) -> list[Entry]:
-        """The doubles of records that may stay in tier 0 after all, so that both tiers have a slot for the same miss."""
+        """The doubles of records that may stay in tier 0 after all: a miss needs a slot of both tiers."""
         doubles: list[Entry] = []
         for entry in above.victims[:]:  # the best is last
             if len(above.victims) + max(0, above.spare) <= found + len(doubles) + 1:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from moetier import prefetching
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
 from moetier.exclusive import Exclusive
@@ -66,11 +67,13 @@ class Residency:
         self._stuck: list[Ticket] = []  # accesses that wait for slots
         self._live: dict[int, Ticket] = {}
         self._pinned: set[ExpertKey] = set()
-        self.promoted: list[int] = []  # prefetches in flight that are now demanded; the mover moves them forward
+        self.promoted: list[int] = []  # background copies in flight that are now demanded; the mover moves them forward
+        self.obsolete: list[int] = []  # prefetches taken that nobody wants; the mover drops what it has not begun
         self.prefetches = self.useful_prefetches = self.late_prefetches = self.wasted_prefetches = 0
         self._next_copy = self._next_ticket = 0
         self._digest = 0
         self._last = Access(0, 0, ())
+        self._round = 0  # passes through the layers
 
     # -- the calls that a run makes, in the order it makes them ------------------------------------------------------
 
@@ -80,8 +83,9 @@ class Residency:
         ticket = Ticket(self._next_ticket, access)
         if access.keys:
             self._live[ticket.number] = ticket
-        self._last = access
         top, layer = self._top, access.layer
+        self._round += layer <= self._last.layer
+        self._last = access
         for tier in self._tiers:
             tier.policy.on_access(access)
         entries, on_hit = top.entries, top.policy.on_hit
@@ -172,29 +176,24 @@ class Residency:
         """The orders since the last call; demand loads before prefetches."""
         return self._orders.take()
 
-    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
-        """Start loading `key` before it is demanded, into a free slot, or over a victim if `displace`."""
-        if key in self._top.entries:
-            return False
-        rooms = [self._room(tier, int(displace), self._last) for tier in self._tiers[: self._depth(key)]]
-        grants = self._grants(key, rooms)
-        if not grants or STAGING in grants:
-            return False
-        self._fill(key, grants, Kind.PREFETCH, self._last)
-        self.prefetches += 1
-        return True
+    def prefetch(self, key: ExpertKey, displace: bool = False, staged: bool = False) -> bool:
+        """Start loading `key` before it is demanded: into a free slot, or over a victim if `displace`.
+
+        A `staged` one takes a staging slot, displaces nothing, and is gone after its first use. No prefetch evicts what
+        is live or just loaded (`prefetching.py`).
+        """
+        return prefetching.prefetch(self, key, displace, staged)
 
     def cancel(self, key: ExpertKey) -> bool:
-        """Undo a prefetch whose order was not taken yet and that nobody waits for."""
-        entry = self._top.entries.get(key)
-        copy = self._orders.withdraw(entry.copy) if entry is not None and entry.prefetched else None
-        if entry is None or copy is None:
-            return False
-        entry.prefetched = False
-        self.prefetches -= 1
-        self._failed(copy)
-        self._serve_stuck()
-        return True
+        """Undo a prefetch that nobody waits for; True if nothing of it will reach tier 0.
+
+        Orders that were taken already are put into `obsolete`; a mover that has not begun them answers `cancelled`.
+        """
+        return prefetching.cancel(self, key)
+
+    def cancelled(self, copy_id: int) -> None:
+        """The mover had not begun a copy that is `obsolete`, and will not."""
+        prefetching.cancelled(self, copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         """Keep `key` in tier 0 once it is resident there. Raises `CapacityError` beyond half of the tier."""
@@ -376,12 +375,12 @@ class Residency:
 
         `above` is what the tier above gives to them; in the `background` nobody waits for what is asked for.
         """
-        room = Room(tier, access)
+        room = Room(tier, access, background)
         need = wanted - max(0, room.spare)
         if need > 0:
             exclusive = self._exclusive
             if exclusive is None or tier.index > 1:
-                victims = self._eligible(tier, need, access)
+                victims = self._eligible(tier, need, access, background)
             elif tier is self._top:
                 victims = exclusive.leavers(need, access, background)
             else:
@@ -391,7 +390,10 @@ class Residency:
         return room
 
     def _eligible(self, tier: Tier, need: int, access: Access, background: bool = False) -> list[Entry]:
-        """Up to `need` victims in the policy's order, the per-layer floor respected while others exist."""
+        """Up to `need` victims in the policy's order, the per-layer floor respected while others exist.
+
+        In the `background` nothing goes that was just loaded.
+        """
         entries, floor = tier.entries, tier.config.floor
         kept, wanted = (self._pinned, None) if tier is self._top else (None, self._wanted)
         doubles: Collection[ExpertKey] = ()
@@ -406,6 +408,8 @@ class Residency:
                 continue
             if wanted and wanted[key]:  # an access still needs it from here
                 continue
+            if background and self._is_new(entry):
+                continue
             if floor:
                 layer = key[0]
                 if layer != access.layer and tier.residents[layer] - taken.get(layer, 0) <= floor:
@@ -416,6 +420,10 @@ class Residency:
             if len(picked) == need:
                 return picked
         return picked + below_floor[: need - len(picked)]
+
+    def _is_new(self, entry: Entry) -> bool:
+        """Loaded in this round of the model; if it was prefetched and not demanded yet, in this or the last."""
+        return entry.round >= self._round - entry.prefetched
 
     def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access, first: int = 0) -> Entry:
         """Take a granted slot in tiers `first` and below, down to the one that has `key`; order the copies up."""
@@ -445,16 +453,17 @@ class Residency:
         blockers = []
         self._next_copy += 1
         if isinstance(grant, Entry):
-            entry = Entry(tier, key, grant.place, self._next_copy)
-            tier.evictions += 1
+            entry = Entry(tier, key, grant.place, self._next_copy, self._round)
+            entry.transient = grant.transient  # a staged prefetch gives way
+            tier.evictions += not grant.transient
             self._evict(grant)
             if grant.dirty:
                 grant.heir, entry.after = entry, grant
                 blockers.append(grant.copy)
         else:
-            entry = Entry(tier, key, tier.free.pop(), self._next_copy)
+            entry = Entry(tier, key, tier.free.pop(), self._next_copy, self._round)
             entry.transient = grant is STAGING
-            tier.staged += entry.transient
+        tier.staged += entry.transient
         tier.insert(entry, access)
         return entry, blockers
 
@@ -526,7 +535,7 @@ class Residency:
             entry.tier.free.append(entry.place)
 
     def _drop_if_unused(self, entry: Entry) -> None:
-        if entry.transient and not entry.leases and entry.state is READY:
+        if entry.transient and not entry.leases and entry.state is READY and (entry.lost or not entry.prefetched):
             self._drop(entry)
 
     # -- endings of copies --------------------------------------------------------------------------------------------
@@ -545,11 +554,7 @@ class Residency:
             return
         if entry.stale:  # its source was changed while it was read: once more
             entry.stale = False
-            self._next_copy += 1
-            entry.copy = self._next_copy
-            again = copy._replace(id=entry.copy)
-            self._digest = hash((self._digest, again))
-            self._orders.again(copy.id, again)
+            self._again(copy)
             return
         self._source_read(copy)
         entry.state = READY
@@ -559,6 +564,15 @@ class Residency:
         if self._exclusive is not None:
             self._exclusive.landed(copy.key, demoted)
         self._drop_if_unused(entry)
+
+    def _again(self, copy: Copy) -> None:
+        """Order a copy that has ended once more."""
+        entry = self._tiers[copy.target.tier].entries[copy.key]
+        self._next_copy += 1
+        entry.copy = self._next_copy
+        again = copy._replace(id=entry.copy)
+        self._digest = hash((self._digest, again))
+        self._orders.again(copy.id, again)
 
     def _failed(self, copy: Copy) -> None:
         """Undo a load that will not arrive, and every copy that waits for it."""

@@ -87,8 +87,8 @@ class Entry:
         self.dirty = False
         self.transient = False  # staged: dropped after use, unknown to the policy
         self.prefetched = False  # by a prefetch, not demanded yet
-        self.round = round  # of the model, in which it was last loaded or used
-        self.lost = False  # its demotion failed: it is dropped when it leaves
+        self.round = round  # of the model, in which it was loaded
+        self.lost = False  # its demotion failed, it goes without; staged: not wanted any more, it goes on arrival
         self.stale = False  # LOADING, and its source was changed meanwhile: copied once more
         self.after: Entry | None = None  # the leaving record that must be home before the slot can be filled
         self.heir: Entry | None = None  # the other way round
@@ -250,11 +250,10 @@ class Orders:
             orders.sort(key=lambda copy: copy.kind in BACKGROUND)
         return orders
 
-    def withdraw(self, copy_id: int) -> Copy | None:
-        """Take back a copy that nobody has taken."""
-        if all(copy.id != copy_id for copy in self.ready):
-            return None
-        self.ready = [copy for copy in self.ready if copy.id != copy_id]
+    def withdraw(self, copy_id: int) -> Copy:
+        """Take back a copy that has not started."""
+        if not self.blockers.pop(copy_id, 0):
+            self.ready = [copy for copy in self.ready if copy.id != copy_id]
         return self.copies.pop(copy_id)
 
     def started(self, copy_id: int) -> bool:
@@ -288,11 +287,12 @@ class Room:
     A slot is granted as the victim that has to leave it, or as FREE or STAGING.
     """
 
-    def __init__(self, tier: Tier, access: Access):
-        self.tier, self.access = tier, access
+    def __init__(self, tier: Tier, access: Access, background: bool = False):
+        self.tier, self.access, self.background = tier, access, background
         self.spare = len(tier.free) - (tier.config.staging - tier.transients)
         self.victims: list[Entry] = []  # best last: popped from the end
         self.doubles: Container[ExpertKey] = ()  # of the victims, those that lose nothing by going
+        self.given: set[ExpertKey] = set()  # staged prefetches that give way
 
     def grant(self, key: ExpertKey) -> Grant | None:
         """A slot for `key`, or nothing."""
@@ -308,11 +308,21 @@ class Room:
             return STAGING
         if victims and not tier.transients and len(tier.entries) > tier.config.slots - staging:
             return victims.pop()  # staged records that could not be saved stay: they must not block the others
+        return self._staged_prefetch() if tier.transients and not self.background else None
+
+    def _staged_prefetch(self) -> Entry | None:
+        """Demand goes before what was staged ahead of it."""
+        for key, entry in self.tier.entries.items():
+            if entry.transient and entry.prefetched and entry.state is READY and key not in self.given:
+                self.given.add(key)
+                return entry
         return None
 
     def take_back(self, grant: Grant) -> None:
         """The last grant is not used."""
-        if isinstance(grant, Entry):
+        if isinstance(grant, Entry) and grant.transient:
+            self.given.discard(grant.key)
+        elif isinstance(grant, Entry):
             self.victims.append(grant)
         elif grant is FREE:
             self.spare += 1

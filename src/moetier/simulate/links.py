@@ -103,12 +103,22 @@ class VirtualMover:
             self._begin(link, now)
 
     def promote(self, cache: int, copy_ids: Iterable[int]) -> None:
-        """Treat queued prefetches as demand from now on."""
+        """Treat queued background copies as demand from now on."""
         wanted = {(cache, copy_id) for copy_id in copy_ids}
         for link in self.links:
             for flight in [flight for flight in link.prefetch if flight.order in wanted]:
                 link.prefetch.remove(flight)
                 link.demand.append(flight)
+
+    def withdraw(self, cache: int, copy_ids: Iterable[int]) -> list[int]:
+        """Drop those of the copies that have not begun, and say which."""
+        unwanted = {(cache, copy_id) for copy_id in copy_ids}
+        withdrawn = []
+        for link in self.links:
+            for flight in [flight for flight in link.prefetch if flight.order in unwanted]:
+                link.prefetch.remove(flight)
+                withdrawn.append(flight.order[1])
+        return withdrawn
 
     def run_until(self, now: float) -> None:
         """Carry out what happens up to and including `now`."""
