@@ -1,6 +1,6 @@
 """What the residency core keeps its books in: copy orders, records in slots, tickets, tiers.
 
-Plain data with no decisions in it; `residency.py` is the only writer.
+Plain data with no decisions in it; `residency.py` and its parts are the only writers.
 """
 
 from __future__ import annotations
