@@ -177,6 +177,8 @@ class ExpertCache:
             self._closed = True
             self._condition.notify_all()
         self.mover.close()
+        if isinstance(self.device, DeviceArena):
+            self.device.close()
         self.store.close()
         self.host.close()
 
@@ -214,12 +216,15 @@ class ExpertCache:
             self._condition.notify_all()
 
     def _drain(self) -> None:
-        while self.mover.done:
-            flight = self.mover.done.popleft()
-            if flight.error is not None:
-                self._errors[flight.copy.id] = flight.error
-            self.core.completed(flight.copy.id, flight.error is None)
-        self._start_orders()
+        while True:
+            while self.mover.done:
+                flight = self.mover.done.popleft()
+                if flight.error is not None:
+                    self._errors[flight.copy.id] = flight.error
+                self.core.completed(flight.copy.id, flight.error is None)
+            self._start_orders()
+            if not self.mover.done:  # a copy that is only enqueued ends while it is started
+                return
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the ticket has a ready expert."""

@@ -88,7 +88,7 @@ class Costs:
         return asdict(self)
 
 
-class Miss(NamedTuple):
+class Work(NamedTuple):
     """An expert that is not on the device: the tokens it has, and whether it is at home (else in host memory)."""
 
     tokens: int
@@ -102,7 +102,7 @@ class Split(NamedTuple):
     seconds: float
 
 
-def makespan(misses: Sequence[Miss], in_place: Sequence[bool], costs: Costs, device_busy: float = 0.0) -> float:
+def makespan(misses: Sequence[Work], in_place: Sequence[bool], costs: Costs, device_busy: float = 0.0) -> float:
     """Seconds until all are computed; `device_busy` is the device's work on what it has already.
 
     Each side takes what is in host memory first, then what comes off the disk, in the order it comes: for given sides
@@ -131,7 +131,7 @@ def makespan(misses: Sequence[Miss], in_place: Sequence[bool], costs: Costs, dev
     return max(device, cpu)
 
 
-def _from_home(item: tuple[Miss, bool]) -> bool:
+def _from_home(item: tuple[Work, bool]) -> bool:
     return item[0].at_home
 
 
@@ -141,7 +141,7 @@ def _busy(begin: float, work: float, until: float, slower: float) -> float:
     return begin + work * slower if work <= beside else begin + work + beside * (slower - 1)
 
 
-def split(misses: Sequence[Miss], costs: Costs, device_busy: float = 0.0) -> Split:
+def split(misses: Sequence[Work], costs: Costs, device_busy: float = 0.0) -> Split:
     """Which misses the CPU should compute in place, so that the access ends soonest; one at least is fetched.
 
     A record costs the link the same whatever its tokens, so the link takes those with most tokens: of each source, all

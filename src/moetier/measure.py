@@ -121,7 +121,9 @@ def _measure_h2d(cache: ExpertCache) -> Link | None:
     times = []
     for _ in range(8):
         begin = time.perf_counter()
-        cache.device.fill(0, source)
+        fence = cache.device.fill(0, source)
+        if fence is not None:
+            fence.synchronize()
         times.append(time.perf_counter() - begin)
     return Link(nbytes / statistics.median(times) / 1e9, 0.0)
 
