@@ -135,7 +135,7 @@ class ThreadMover:
             flight = Flight(copy, 0)
             flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
             self._finish(flight)
-        elif self._device is not None:
+        elif self._device is not None and copy.source.tier == 0:
             self._queue(self._d2h, Flight(copy, 1))
         else:
             self._queue(self._write, Flight(copy, self._store.segments(copy.key)))

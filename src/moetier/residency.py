@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
+from moetier.misses import Miss, MissPolicy
 from moetier.tiers import (
     LEAVING,
     LOADING,
@@ -40,11 +41,17 @@ from moetier.tiers import (
 
 
 class Residency:
-    """Decides residency for `layers` x `experts` records over `tiers` (fastest first) plus home."""
+    """Decides residency for `layers` x `experts` records over `tiers` (fastest first) plus home.
 
-    def __init__(self, tiers: Sequence[TierConfig], layers: int, experts: int):
+    `misses` chooses the misses of tier 0 that are served in tier 1, in place; nothing is if it is None.
+    """
+
+    def __init__(self, tiers: Sequence[TierConfig], layers: int, experts: int, misses: MissPolicy | None = None):
         if not tiers:
             raise ConfigError("at least one tier is needed above home")
+        if misses is not None and len(tiers) < 2:
+            raise ConfigError("a miss can be served in place only where there is a second tier to serve it in")
+        self.misses = misses
         self.configs, self.layers, self.experts = tuple(tiers), layers, experts
         self._tiers = [Tier(index, config, layers, experts) for index, config in enumerate(tiers)]
         self._top, self._lower = self._tiers[0], self._tiers[1:]
@@ -95,7 +102,7 @@ class Residency:
             if self._lower:
                 self._wanted.update(missing)
                 self._classify_below(missing, access)
-            ticket.waiting = missing
+            ticket.waiting = missing if self.misses is None else self._split(ticket, missing, self.misses)
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
@@ -105,13 +112,12 @@ class Residency:
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
         """The math is done with `key`; `dirty` if it changed the record."""
         ticket.leased.remove(key)
-        entry = self._top.entries[key]
+        entry = self._entry(ticket, key)
         entry.leases -= 1
         if dirty:
             entry.dirty = True
-            for tier in self._lower:  # an older version below is worthless now
-                if key in tier.entries:
-                    self._drop(tier.entries[key])
+            if self._lower:
+                self._supersede(entry)
         if entry.transient:
             self._drop_if_unused(entry)
         if not ticket.leased and ticket.done:
@@ -125,7 +131,7 @@ class Residency:
             self._wanted.subtract(ticket.waiting)
         ticket.waiting = []
         for key in sorted(ticket.leased):
-            entry = self._top.entries[key]
+            entry = self._entry(ticket, key)
             entry.leases -= 1
             if entry.state is LOADING:
                 entry.tickets.remove(ticket)
@@ -194,9 +200,9 @@ class Residency:
 
     # -- what others may ask ------------------------------------------------------------------------------------------
 
-    def place(self, key: ExpertKey) -> Place:
-        """Where a leased key is in tier 0."""
-        return self._top.entries[key].place
+    def place(self, key: ExpertKey, ticket: Ticket | None = None) -> Place:
+        """Where a key that a ticket has leased is: in tier 1 if the ticket is served there, else in tier 0."""
+        return (self._top.entries[key] if ticket is None else self._entry(ticket, key)).place
 
     def residents(self, tier: int = 0) -> set[ExpertKey]:
         """Keys that are ready in a tier."""
@@ -231,6 +237,40 @@ class Residency:
         return {"tiers": [tier.counters() for tier in self._tiers], "prefetches": prefetches}
 
     # -- serving misses -----------------------------------------------------------------------------------------------
+
+    def _entry(self, ticket: Ticket, key: ExpertKey) -> Entry:
+        """The record that a ticket has leased."""
+        return self._tiers[key in ticket.in_place].entries[key]
+
+    def _split(self, ticket: Ticket, missing: list[ExpertKey], misses: MissPolicy) -> list[ExpertKey]:
+        """Choose what is served in tier 1, and lease what is there already; returns the keys that need a slot.
+
+        One miss at least goes to tier 0 if a slot can be had: a cache that never loads never learns.
+        """
+        access = ticket.access
+        tokens = dict(zip(access.keys, access.tokens, strict=False))
+        asked = [Miss(key, tokens.get(key, 1), self._depth(key)) for key in missing]
+        answer = misses.split(access, asked)
+        chosen = {key for key in missing if key in answer}
+        if len(chosen) == len(missing):
+            room = self._room(self._top, 1, access)
+            if room.spare > 0 or room.victims:
+                chosen.remove(min(asked, key=lambda miss: (miss.source, -miss.tokens)).key)
+        if not chosen:
+            return missing
+        ticket.in_place = chosen
+        below = self._tiers[1]
+        below.in_place += len(chosen)
+        self._digest = hash((self._digest, *sorted(chosen)))
+        waiting = []
+        for key in missing:
+            entry = below.entries.get(key) if key in chosen else None
+            if entry is None:
+                waiting.append(key)
+            else:
+                self._wanted[key] -= 1
+                self._join(ticket, entry)
+        return waiting
 
     def _join(self, ticket: Ticket, entry: Entry) -> bool:
         """Lease an entry for a ticket; True if it is still on its way."""
@@ -282,14 +322,15 @@ class Residency:
         waiting, ticket.waiting = ticket.waiting, []
         rooms: list[Room] = []
         for key in waiting:
+            first = 1 if key in ticket.in_place else 0  # the tier that serves it
             depth = self._depth(key) if self._lower else 1
             while len(rooms) < depth:
                 rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access))
-            grants = self._grants(key, rooms[:depth])
+            grants = self._grants(key, rooms[first:depth])
             if not grants:
                 ticket.waiting.append(key)
                 continue
-            entry = self._fill(key, grants, Kind.LOAD, ticket.access)
+            entry = self._fill(key, grants, Kind.LOAD, ticket.access, first)
             entry.leases += 1
             entry.tickets.append(ticket)
             ticket.leased.add(key)
@@ -345,12 +386,12 @@ class Residency:
                 return picked
         return picked + below_floor[: need - len(picked)]
 
-    def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access) -> Entry:
-        """Take a granted slot in each of the tiers above the one that has `key`; order the copies up to tier 0."""
-        depth = len(grants)
+    def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access, first: int = 0) -> Entry:
+        """Take a granted slot in tiers `first` and below, down to the one that has `key`; order the copies up."""
+        depth = first + len(grants)
         source = self._tiers[depth].entries[key] if depth < self._home.tier else None
-        for index in range(depth - 1, -1, -1):
-            tier, grant = self._tiers[index], grants[index]
+        for index in range(depth - 1, first - 1, -1):
+            tier, grant = self._tiers[index], grants[index - first]
             blockers = []
             self._next_copy += 1
             if isinstance(grant, Entry):
@@ -375,19 +416,42 @@ class Residency:
             self._digest = hash((self._digest, copy))
             self._orders.add(copy, blockers)
             source = entry
-        entry.prefetched = kind is Kind.PREFETCH
-        if self._stuck:
-            self._share(entry)
+            entry.prefetched = kind is Kind.PREFETCH and not index
+            if self._stuck and index < 2:
+                self._share(entry)
         return entry
 
     def _share(self, entry: Entry) -> None:
         """Accesses that wait for a slot for this very record do not need one any more."""
+        key = entry.key
         for ticket in self._stuck:
-            if entry.key in ticket.waiting:
-                ticket.waiting.remove(entry.key)
+            if key in ticket.waiting and (entry.tier is self._top or key in ticket.in_place):
+                ticket.waiting.remove(key)
+                if entry.tier is self._top:
+                    ticket.in_place.discard(key)
                 if self._lower:
-                    self._wanted[entry.key] -= 1
+                    self._wanted[key] -= 1
                 self._join(ticket, entry)
+
+    # -- changed records ----------------------------------------------------------------------------------------------
+
+    def _supersede(self, entry: Entry) -> None:
+        """A record was changed where it is: its older versions in other tiers are worthless."""
+        key = entry.key
+        for tier in self._tiers:
+            old = tier.entries.get(key)
+            if old is None or old is entry:
+                continue
+            if old.state is LOADING:  # above, from here: what it reads may be half old, half new
+                old.stale = old.stale or self._orders.started(old.copy)
+                continue
+            for ticket in self._live.values():  # who leased the old version gets the new one
+                if key in ticket.leased and self._entry(ticket, key) is old:
+                    old.leases -= 1
+                    entry.leases += 1
+                    (ticket.in_place.discard if entry.tier is self._top else ticket.in_place.add)(key)
+            old.dirty = False
+            self._drop(old)
 
     # -- leaving slots ------------------------------------------------------------------------------------------------
 
@@ -395,6 +459,8 @@ class Residency:
         """Take a record out of its tier, and send it home if it is dirty; its slot is the caller's to give."""
         entry.tier.remove(entry)
         self.wasted_prefetches += entry.prefetched
+        if entry.dirty and entry.tier is not self._top and entry.key in self._top.entries:
+            self._top.entries[entry.key].dirty, entry.dirty = True, False  # the same version stays above
         if entry.dirty:
             entry.state = LEAVING
             entry.tier.write_backs += 1
@@ -424,8 +490,16 @@ class Residency:
             self._drop_if_unused(entry)
 
     def _landed(self, copy: Copy) -> None:
-        self._source_read(copy)
         entry = self._tiers[copy.target.tier].entries[copy.key]
+        if entry.stale:  # its source was changed while it was read: once more
+            entry.stale = False
+            self._next_copy += 1
+            entry.copy = self._next_copy
+            again = copy._replace(id=entry.copy)
+            self._digest = hash((self._digest, again))
+            self._orders.again(copy.id, again)
+            return
+        self._source_read(copy)
         entry.state = READY
         for ticket in entry.tickets:
             ticket.ready.append(copy.key)
@@ -436,7 +510,6 @@ class Residency:
         """Undo a load that will not arrive, and every copy that waits for it."""
         for dependent in self._orders.undo_dependents(copy.id):
             self._failed(dependent)
-        self._source_read(copy)
         entry = self._tiers[copy.target.tier].entries[copy.key]
         entry.tier.remove(entry)
         self.wasted_prefetches += entry.prefetched
@@ -447,6 +520,7 @@ class Residency:
             entry.tier.free.append(entry.place)
         else:
             entry.after.heir = None
+        self._source_read(copy)  # last: a source that goes now must not find the record it did not make
 
     def _wrote_back(self, copy: Copy, ok: bool) -> None:
         entry = self._leaving.pop(copy.key)

@@ -64,6 +64,7 @@ class Entry:
         "leases",
         "place",
         "prefetched",
+        "stale",
         "state",
         "tickets",
         "tier",
@@ -80,6 +81,7 @@ class Entry:
         self.dirty = False
         self.transient = False  # staged: dropped after use, unknown to the policy
         self.prefetched = False  # by a prefetch, not demanded yet
+        self.stale = False  # LOADING, and its source was changed meanwhile: copied once more
         self.after: Entry | None = None  # the leaving record that must be home before the slot can be filled
         self.heir: Entry | None = None  # the other way round
         self.tickets: list[Ticket] = []  # who waits for it, while LOADING
@@ -92,13 +94,14 @@ Grant = Entry | str
 class Ticket:
     """One access being served. `ready` holds leased keys in the order they became so; the caller pops and releases."""
 
-    __slots__ = ("access", "failed", "leased", "number", "ready", "waiting")
+    __slots__ = ("access", "failed", "in_place", "leased", "number", "ready", "waiting")
 
     def __init__(self, number: int, access: Access):
         self.number = number
         self.access = access
         self.ready: deque[ExpertKey] = deque()
         self.leased: set[ExpertKey] = set()  # ready, in use, or loading
+        self.in_place: set[ExpertKey] = set()  # of its keys, those served in tier 1 instead of tier 0
         self.waiting: list[ExpertKey] = []  # no slot yet: the access runs in waves
         self.failed: int | None = None  # id of a copy that failed; the caller must abort
 
@@ -155,7 +158,7 @@ class Tier:
         self.transients = 0
         self.residents = [0] * layers  # per layer, transients not counted
         self.hits, self.lates, self.misses = ([0] * layers for _ in range(3))
-        self.evictions = self.write_backs = self.staged = 0
+        self.evictions = self.write_backs = self.staged = self.in_place = 0
 
     def admit(self, incoming: ExpertKey, victim: ExpertKey, access: Access) -> bool:
         """Whether the admission policy, and the eviction policy if it has a say, let `incoming` displace `victim`."""
@@ -193,6 +196,7 @@ class Tier:
             "evictions": self.evictions,
             "write_backs": self.write_backs,
             "staged": self.staged,
+            "in_place": self.in_place,
         }
 
 
@@ -228,6 +232,16 @@ class Orders:
             return None
         self.ready = [copy for copy in self.ready if copy.id != copy_id]
         return self.copies.pop(copy_id)
+
+    def started(self, copy_id: int) -> bool:
+        """Whether a copy that has not ended was taken: the mover may be at it."""
+        return copy_id not in self.blockers and all(copy.id != copy_id for copy in self.ready)
+
+    def again(self, copy_id: int, copy: Copy) -> None:
+        """A copy that has ended has to be made once more, as `copy`; what waits for it goes on waiting."""
+        self.add(copy, ())
+        if copy_id in self.dependents:
+            self.dependents[copy.id] = self.dependents.pop(copy_id)
 
     def unblock(self, copy_id: int) -> None:
         """This copy has ended: let go those that waited for it only."""

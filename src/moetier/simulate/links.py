@@ -135,8 +135,9 @@ class VirtualMover:
 
     def _path(self, copy: Copy) -> list[VirtualLink]:
         """The links of a copy, the last one first."""
-        if copy.kind is Kind.WRITE_BACK:  # from tier 0: through host memory if that is another tier
-            return [self._disk_write] if self._home == 1 else [self._disk_write, self._d2h]
+        if copy.kind is Kind.WRITE_BACK:  # from a device through host memory
+            from_host = copy.source.tier == self._home - 1
+            return [self._disk_write] if from_host else [self._disk_write, self._d2h]
         return [self._disk_read] if copy.source.tier == self._home else [self._h2d]
 
     def _begin(self, link: VirtualLink, now: float) -> None:
