@@ -102,7 +102,7 @@ class DeviceArena:
         self._bytes = torch.empty(slots * self.slot_nbytes, dtype=torch.uint8, device=device)
         # two for demand, so that one copy's wait for its slot is over before the other's bytes are through
         self._lanes = [self._stream(), self._stream()]
-        self._behind, self._out = self._stream(), self._stream()
+        self._behind, self._out, self._rows = self._stream(), self._stream(), self._stream()
         self._turn = 0
         self._fences = SlotFences(slots)
         self._clock = CopyClock(self._lanes[0])
@@ -172,6 +172,30 @@ class DeviceArena:
             done = self._event(self._out)
         done.synchronize()
 
+    def mark(self) -> Fence:
+        """What is queued on the current stream so far, for `to_host`."""
+        event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        done: Fence = event
+        return done
+
+    def to_host(self, tensors: Sequence[torch.Tensor], mark: Fence) -> list[torch.Tensor]:
+        """Copies in page-locked memory of what was there at the mark; kernels queued later are not waited for."""
+        with torch.cuda.stream(self._rows):
+            self._rows.wait_event(mark)
+            copies = [_page_locked(tensor.shape, tensor.dtype) for tensor in tensors]
+            for copy, tensor in zip(copies, tensors, strict=True):
+                self._copy(copy, tensor)
+                tensor.record_stream(self._rows)
+            self._rows.synchronize()
+        return copies
+
+    def from_host(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The tensors one below the other, enqueued to the device on the current stream."""
+        packed = _page_locked(torch.Size([sum(len(part) for part in rows), *rows[0].shape[1:]]), rows[0].dtype)
+        torch.cat(list(rows), out=packed)
+        return packed.to(self.device, non_blocking=True)
+
     def used(self, slot: int) -> None:
         """The kernels queued so far on the current stream use this slot."""
         self._fences.used(slot, torch.cuda.current_stream(self.device))
@@ -195,6 +219,11 @@ class DeviceArena:
         """Wait for the copies under way; afterwards their host memory may go."""
         for stream in (*self._lanes, self._behind, self._out):
             stream.synchronize()
+
+
+def _page_locked(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    # of torch's own cache, which waits for copies before it gives memory out again
+    return torch.empty(shape, dtype=dtype, pin_memory=True)
 
 
 class HostTierArena:

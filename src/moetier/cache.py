@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -30,16 +31,19 @@ if TYPE_CHECKING:
 
 
 class Lease:
-    """An expert that is in tier 0 and stays there until the stream moves on. `fields` are views, not copies.
+    """An expert that stays where it is until the stream moves on. `fields` are views of its slot, not copies.
 
-    Who changes them sets `dirty`: the record is then written home before it loses its slot.
+    It is in tier 0; `in_place`, in host memory although there is a device: for the CPU to compute. Who changes the
+    fields sets `dirty`: the record is then written home before it loses its slot.
     """
 
-    __slots__ = ("dirty", "fields", "key")
+    __slots__ = ("dirty", "fields", "in_place", "key", "slot")
 
-    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor]):
+    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
         self.key = key
         self.fields = fields
+        self.slot = slot
+        self.in_place = in_place
         self.dirty = False
 
 
@@ -81,12 +85,13 @@ class ExpertCache:
         """Like `stream`, but yield all leases that are ready at once (at most `limit`): fewer, larger steps of math.
 
         While experts wait for a slot (waves), leases come one by one, so that each slot is refilled as soon as its
-        expert is done.
+        expert is done. Leases in place come in batches of their own, when the device has all it can have.
         """
         clock = time.perf_counter
         begin = clock()
         ticket, hits = self._open(access)
         held: list[Lease] = []
+        given = limit
         try:
             while True:
                 with self._condition:
@@ -101,8 +106,10 @@ class ExpertCache:
                         self._wait(ticket)
                         self.wait_seconds += clock() - begin
                         begin = clock()
+                    if ticket.in_place:
+                        limit = self._device_first(ticket, given)
                     count = 1 if ticket.waiting else min(limit or len(ticket.ready), len(ticket.ready))
-                    held = [self._lease(ticket.ready.popleft()) for _ in range(count)]
+                    held = [self._lease(ticket, ticket.ready.popleft()) for _ in range(count)]
                 now = clock()
                 self.decide_seconds += now - begin
                 yield held
@@ -112,8 +119,8 @@ class ExpertCache:
             with self._condition:
                 self._owners.pop(ticket.number, None)
                 for lease in held:
-                    if self.device is not None:
-                        self.device.used(self.core.place(lease.key).slot)
+                    if self.device is not None and not lease.in_place:
+                        self.device.used(lease.slot)
                     if lease.dirty:  # half done or not: what is in the slot is the newest there is
                         self.core.release(ticket, lease.key, True)
                 stopped = bool(held) or not ticket.done
@@ -208,8 +215,8 @@ class ExpertCache:
             self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
     def _release(self, ticket: Ticket, lease: Lease) -> None:
-        if self.device is not None:
-            self.device.used(self.core.place(lease.key).slot)
+        if self.device is not None and not lease.in_place:
+            self.device.used(lease.slot)
         self.core.release(ticket, lease.key, lease.dirty)
         self._start_orders()
         if len(self._owners) > 1:  # another stream may wait for this slot
@@ -249,8 +256,24 @@ class ExpertCache:
             error = next(reversed(self._errors.values()), None)
         return error if error is not None else MoetierError(f"copy {copy_id} was not made because one before it failed")
 
-    def _lease(self, key: ExpertKey) -> Lease:
-        slot, layout = self.core.place(key).slot, self.store.layout(key.layer)
-        if self.device is not None:
-            return Lease(key, self.device.views(slot, layout))
-        return Lease(key, self.host.views(slot, layout, self.store.phase(key)))
+    def _device_first(self, ticket: Ticket, limit: int | None) -> int:
+        """Bring the ready experts that the device has to the front; how many of the front to lease at once.
+
+        The device works behind the caller's back, so it gets its share before the CPU begins. An expert that the CPU
+        computes keeps the caller busy: while others are on their way, it looks after them between any two.
+        """
+        if self.mover.done:
+            self._drain()
+        ready, in_place = ticket.ready, ticket.in_place
+        here = [key for key in ready if key in in_place]
+        if len(here) == len(ready):
+            return min(limit or len(ready), len(ready) if len(ticket.leased) == len(ready) else 1)
+        ticket.ready = deque([key for key in ready if key not in in_place] + here)
+        return min(limit or len(ready), len(ready) - len(here))
+
+    def _lease(self, ticket: Ticket, key: ExpertKey) -> Lease:
+        place, layout = self.core.place(key, ticket), self.store.layout(key.layer)
+        if self.device is not None and place.tier == 0:
+            return Lease(key, self.device.views(place.slot, layout), place.slot)
+        fields = self.host.views(place.slot, layout, self.store.phase(key))
+        return Lease(key, fields, place.slot, self.device is not None)

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from moetier.access import ExpertKey
 from moetier.cache import Lease
+
+if TYPE_CHECKING:
+    from moetier.inplace import InPlace
 
 
 def per_expert_parameters(module: torch.nn.Module) -> list[str]:
@@ -71,16 +74,25 @@ class Routing:
 
 
 def forward_from_leases(
-    module: Any, hidden: torch.Tensor, routing: Routing, batches: Iterable[Sequence[Lease]]
+    module: Any,
+    hidden: torch.Tensor,
+    routing: Routing,
+    batches: Iterable[Sequence[Lease]],
+    in_place: InPlace | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once.
+    Leases in place are for `in_place`, which is needed where there may be any.
     """
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = down = None
     for batch in batches:
+        if batch[0].in_place:
+            assert in_place is not None
+            in_place.compute(batch)
+            continue
         if up is None or down is None:
             up = _buffer(rows, batch[0].fields[up_name], module.is_transposed)
             down = _buffer(rows, batch[0].fields["down_proj"], module.is_transposed)
@@ -94,11 +106,24 @@ def forward_from_leases(
             for begin, end, fields in run:
                 bias, x = fields.get("down_proj_bias"), h[begin - first : end - first]
                 _linear(x, fields["down_proj"], bias, module.is_transposed, down[begin:end])
+    if in_place is not None:
+        down = in_place.deliver(down)
     if down is None:  # no tokens
         return torch.zeros_like(hidden)
     if module.has_post_expert_norm:
         down = module.post_expert_norm(down)
     return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
+
+
+def expert_math(module: Any, rows: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One expert by itself, where its fields are: [n, H] → [n, H], without gate weights and norm."""
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _buffer(rows, fields[up_name], module.is_transposed)
+    _linear(rows, fields[up_name], fields.get(f"{up_name}_bias"), module.is_transposed, up)
+    h = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    down = _buffer(rows, fields["down_proj"], module.is_transposed)
+    _linear(h, fields["down_proj"], fields.get("down_proj_bias"), module.is_transposed, down)
+    return down
 
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""Cold experts on the CPU: the engine with a stand-in for the device, whoever computes what; its calibration."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moetier
+from moetier.access import Access, ExpertKey
+from moetier.arenas import HostArena, HostTierArena
+from moetier.cache import ExpertCache
+from moetier.calibration import calibrate, serve_in_place
+from moetier.costs import Cost, Costs
+from moetier.errors import ConfigError
+from moetier.eventlog import Recorder, replay
+from moetier.hf import Options
+from moetier.misses import AlwaysInPlace, CostModel, Miss, make_miss_policy
+from moetier.residency import Residency
+from moetier.tiers import TierConfig
+
+IDS = torch.arange(24).view(2, 12)
+
+
+class AtRandom:
+    """Any choice is right: this one makes them all."""
+
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
+
+    def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
+        return [miss.key for miss in misses if self.random.random() < 0.5]
+
+
+class Late:
+    """A store that takes its time, and not always the same."""
+
+    def __init__(self, store: Any, seed: int):
+        self._store, self._random = store, random.Random(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, key: ExpertKey, segment: int, into: memoryview) -> int:
+        time.sleep(self._random.random() * 5e-4)
+        return int(self._store.read(key, segment, into))
+
+
+@pytest.fixture
+def with_device(tiered: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """`with_device(model, slots, host slots, misses)`: its experts in two tiers, the fast one a stand-in."""
+    caches: list[ExpertCache] = []
+
+    def get(model: Any, slots: int, host_slots: int, misses: Any = None, seed: int = 0, **config: Any) -> ExpertCache:
+        store = Late(model.moetier.cache.store, seed)
+        core = Residency([TierConfig(slots, **config), TierConfig(host_slots)], store.layers, store.experts, misses)
+        device = HostTierArena(slots, store.slot_nbytes)
+        host = HostArena(host_slots, store.slot_nbytes)
+        model.moetier.cache = ExpertCache(store, Recorder(core), host, device)  # type: ignore[arg-type]
+        caches.append(model.moetier.cache)
+        return caches[-1]
+
+    yield get
+    for cache in caches:
+        cache.mover.close()
+
+
+def logits(model: Any) -> list[torch.Tensor]:
+    return [model(input_ids=ids).logits for ids in (IDS, IDS[:, :1], IDS[:1, 3:4])]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "nemotron_h"])
+def test_the_same_bits_wherever_an_expert_is_computed(
+    name: str, dtype: torch.dtype, tiered: Callable[..., Any], with_device: Callable[..., Any]
+) -> None:
+    model = tiered(name, dtype, slots="100%")
+    expected = logits(model)
+    one_tier = model.moetier.cache
+    for number, (slots, host_slots) in enumerate([(1, 1), (2, 1), (1, 4), (6, 3), (4, 12), (24, 24)]):
+        for misses in (None, AlwaysInPlace(), AtRandom(number)):
+            model.moetier.cache = one_tier
+            cache = with_device(model, slots, host_slots, misses, number)
+            for _ in range(2):
+                for actual, wanted in zip(logits(model), expected, strict=True):
+                    assert torch.equal(actual, wanted)
+                cache.core.core.check()
+            in_place = cache.stats()["tiers"][1]["in_place"]
+            assert (in_place > 0) == (misses is not None), "nothing was computed in place"
+            again = replay(cache.core.log)
+            assert again.digest() == cache.core.core.digest(), "the choices are part of the log"
+    one_tier.close()
+
+
+def test_the_device_gets_its_work_first_and_in_place_comes_alone(
+    tiered: Callable[..., Any], with_device: Callable[..., Any]
+) -> None:
+    cache = with_device(tiered("qwen3_moe", slots="100%"), 6, 12, None)
+
+    def access(number: int, experts: Sequence[int]) -> Access:
+        return Access(number, 0, tuple(ExpertKey(0, expert) for expert in experts), (1,) * len(experts))
+
+    for _ in cache.batches(access(1, [0, 1])):
+        pass
+    with_hosts = [2, 3, 4, 5]
+    for _ in cache.batches(access(2, with_hosts)):
+        pass
+    cache.core.core.misses = AtRandom(0)
+    cache.core.core.misses.split = lambda _, misses: [m.key for m in misses if m.key.expert in (6, 7)]
+    batches = [[(lease.key.expert, lease.in_place) for lease in batch] for batch in cache.batches(access(3, range(8)))]
+    assert all(len({here for _, here in batch}) == 1 for batch in batches)
+    assert batches[0] == [(expert, False) for expert in range(6)]
+    assert sorted(expert for batch in batches for expert, _ in batch) == list(range(8))
+
+
+def test_the_cost_model_in_the_engine(tiered: Callable[..., Any], with_device: Callable[..., Any]) -> None:
+    model = tiered("qwen3_moe", slots="100%")
+    expected = logits(model)
+    slow_link = CostModel(Costs(Cost(1e-6), link=1.0))
+    cache = with_device(model, 4, 24, slow_link)
+    assert all(torch.equal(a, b) for a, b in zip(logits(model), expected, strict=True))
+    first = cache.stats()["tiers"]
+    assert first[1]["in_place"] > 0 and sum(first[0]["misses"]) > first[1]["in_place"], "one is fetched"
+    fast_link = CostModel(Costs(Cost(1.0), link=1e-6))
+    cache.core.core.misses = fast_link
+    assert all(torch.equal(a, b) for a, b in zip(logits(model), expected, strict=True))
+    assert cache.stats()["tiers"][1]["in_place"] == first[1]["in_place"]
+
+
+def test_the_cost_model_answers_the_same_question_alike() -> None:
+    model = CostModel(Costs(Cost(1e-3), link=1e-3))
+    for layer in range(3):
+        misses = [Miss(ExpertKey(layer, expert), 1, 1) for expert in (2 + layer, 5, 7, 9)]
+        access = Access(layer + 1, layer, tuple(miss.key for miss in misses), (1,) * 4)
+        chosen = model.split(access, misses)
+        assert len(chosen) == 2 and chosen <= set(access.keys)  # type: ignore[operator]
+    assert len(model._known) == 1
+
+
+def test_names_of_choices() -> None:
+    costs = Costs(Cost(1.0))
+    assert make_miss_policy("off", costs) is None
+    assert isinstance(make_miss_policy("always", costs), AlwaysInPlace)
+    auto = make_miss_policy("auto", costs)
+    assert isinstance(auto, CostModel) and auto.costs is costs
+    assert isinstance(make_miss_policy("moetier.misses:AlwaysInPlace", costs), AlwaysInPlace)
+    with pytest.raises(ConfigError, match="unknown cpu_experts 'on'; choose one of: always, auto, off"):
+        Options(cpu_experts="on").check()
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_calibration_with_a_device(name: str, tiered: Callable[..., Any], with_device: Callable[..., Any]) -> None:
+    model = tiered(name, slots="100%")
+    expected = logits(model)
+    cache = with_device(model, 4, 6)
+    module = next(m for m in model.modules() if hasattr(m, "_moetier"))
+    found = serve_in_place(cache, "auto", module, top_k=2)
+    assert found is not None
+    costs = found.costs
+    assert isinstance(cache.core.core.misses, CostModel) and cache.core.core.misses.costs is costs
+    assert [tokens for tokens, _ in found.cpu][:2] == [1, 2] and all(seconds > 0 for _, seconds in found.cpu)
+    assert found.device and costs.link > 0 and costs.disk > 0 and costs.contention >= 0
+    assert found.record_nbytes == cache.store.layout(0).nbytes
+    assert all(torch.equal(a, b) for a, b in zip(logits(model), expected, strict=True)), "the slots were given back"
+
+
+def test_calibration_without_a_device(tiered: Callable[..., Any]) -> None:
+    model = tiered("qwen3_moe")
+    expected = logits(tiered("qwen3_moe"))
+    cache = model.moetier.cache
+    module = next(m for m in model.modules() if hasattr(m, "_moetier"))
+    found = calibrate(cache, module, seconds=0.1)
+    assert found.cpu and not found.device and found.costs.link == 0.0
+    assert found.to_dict()["costs"]["cpu"]["floor"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(logits(model), expected, strict=True))
+
+
+def test_a_large_expert_is_measured_with_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moetier import calibration
+
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+    def slow() -> None:
+        nonlocal now
+        now += 5.0
+
+    assert calibration._timed(slow, 1.0) == 5.0
+    assert now == 10.0, "twice: the first run does not count"
+
+
+def test_without_a_gpu_it_is_not_used_and_says_so(checkpoint: Callable[..., Path]) -> None:
+    with pytest.warns(RuntimeWarning, match="cpu_experts is not used"):
+        model = moetier.from_pretrained(checkpoint("qwen3_moe"), slots=4, cpu_experts="auto")
+    assert model.moetier.calibration is None and model.moetier.cache.core.misses is None
+    model.moetier.close()
