@@ -91,7 +91,6 @@ class ExpertCache:
         begin = clock()
         ticket, hits = self._open(access)
         held: list[Lease] = []
-        given = limit
         try:
             while True:
                 with self._condition:
@@ -106,9 +105,8 @@ class ExpertCache:
                         self._wait(ticket)
                         self.wait_seconds += clock() - begin
                         begin = clock()
-                    if ticket.in_place:
-                        limit = self._device_first(ticket, given)
-                    count = 1 if ticket.waiting else min(limit or len(ticket.ready), len(ticket.ready))
+                    most = self._device_first(ticket, limit) if ticket.in_place else limit
+                    count = 1 if ticket.waiting else min(most or len(ticket.ready), len(ticket.ready))
                     held = [self._lease(ticket, ticket.ready.popleft()) for _ in range(count)]
                 now = clock()
                 self.decide_seconds += now - begin
