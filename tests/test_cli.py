@@ -44,9 +44,9 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
+        "--admission --chat --context --cpu-experts --device --device-memory --do-sample --dtype --greedy --help "
         "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
-        "--repetition-penalty --revision --save-profile --seed --slots --stats-json --system --temperature "
+        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --system --temperature "
         "--threads --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (

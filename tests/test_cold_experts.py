@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from typer.testing import CliRunner
 
 import moetier
+from device_runs import AtRandom
 from moetier.access import Access, ExpertKey
 from moetier.arenas import HostArena, HostTierArena
 from moetier.cache import ExpertCache, Lease
-from moetier.calibration import calibrate, serve_in_place
-from moetier.costs import Cost, Costs
+from moetier.calibration import Calibration, calibrate, serve_in_place
+from moetier.cli import app
+from moetier.cli.costs import show_costs
+from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.errors import ConfigError, StoreError
 from moetier.eventlog import Recorder, replay
 from moetier.hf import Options
@@ -27,16 +34,6 @@ from moetier.tiers import TierConfig
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together
 
 IDS = torch.arange(24).view(2, 12)
-
-
-class AtRandom:
-    """Any choice is right: this one makes them all."""
-
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
-
-    def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
-        return [miss.key for miss in misses if self.random.random() < 0.5]
 
 
 class Late:
@@ -245,3 +242,30 @@ def test_without_a_gpu_it_is_not_used_and_says_so(checkpoint: Callable[..., Path
         model = moetier.from_pretrained(checkpoint("qwen3_moe"), slots=4, cpu_experts="auto")
     assert model.moetier.calibration is None and model.moetier.cache.core.misses is None
     model.moetier.close()
+
+
+def plan(*flags: object) -> str:
+    result = CliRunner().invoke(app, ["plan", *map(str, flags)])
+    assert result.exit_code == 0, result.stderr + result.stdout
+    return result.stdout
+
+
+def test_the_plan_prints_what_experts_cost(checkpoint: Callable[..., Path]) -> None:
+    folder = checkpoint("qwen3_moe")
+    text = plan(folder, "--slots", "50%", "--measure")
+    assert "CPU ms" in text and "There is no GPU" in text
+    found = json.loads(plan(folder, "--measure", "--json"))
+    assert found["slots"] and found["calibration"]["cpu"][0][0] == 1 and "forecast" not in found
+
+
+def test_the_costs_with_a_gpu_are_words_too() -> None:
+    costs = Costs(Cost(4e-4), Cost(5e-5), 2e-4, 2e-3, 1e-4, 0.25, 3e-5)
+    found = Calibration(costs, 10**7, ((1, 4e-4), (16, 9e-4)), ((1, 5e-5), (16, 6e-5)), 8, 1.5)
+    console = Console(file=StringIO(), width=100)
+    show_costs(json.loads(json.dumps(found.to_dict())), 8, console)
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "1 0.400 25.0 0.050 16 0.900 11.1 0.060" in text
+    assert "on the link 0.200 ms (50.0 GB/s)" in text and "25 % longer beside copies" in text
+    sides = split([Work(1)] * 8, costs)
+    assert f"auto fetches {sides.in_place.count(False)}" in text and f"{1e3 * sides.seconds:.3f} ms instead of" in text
+    assert sides.seconds < makespan([Work(1)] * 8, [False] * 8, costs)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import fake_cuda
-from moetier import Residency, StoreError, TierConfig
+from device_runs import ChangingRun
+from moetier import Residency, StoreError, TierConfig, arenas
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import CHUNK, DeviceArena, HostArena
 from moetier.cache import ExpertCache, Lease
@@ -265,7 +266,33 @@ def test_a_copy_that_cannot_be_enqueued_is_raised_and_leaves_the_cache_usable(mo
     run.store.fail = {ExpertKey(1, 5)}
     with pytest.raises(StoreError):
         run.serve(12, 1, [2, 5])
-    run.cache.settle()
     run.cache.close()
     cuda.run_all()
     assert not run.wrong
+
+
+@pytest.mark.parametrize("haste", [0.0, 0.2])
+@pytest.mark.parametrize(("slots", "host_slots"), [(1, 2), (3, 3), (5, 9)])
+def test_changed_records_and_experts_in_place_on_a_late_device(
+    slots: int, host_slots: int, haste: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What kernels change is written home, what the CPU changes is what the device gets later, and nothing mixes."""
+    cuda = fake_cuda.install(monkeypatch, slots, haste)
+    run = ChangingRun(slots, host_slots, 300, CPU, cuda.launch, slots)
+    run.run(60)
+    run.finish()
+    cuda.run_all()
+    assert int(run.wrong) == 0 and run.in_place > 0 and sum(run.changes.values()) > 30
+
+
+def test_rows_leave_for_the_host_before_later_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = fake_cuda.install(monkeypatch, haste=0.0)
+    monkeypatch.setattr(arenas, "_page_locked", lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    arena = DeviceArena(1, NBYTES, CPU)
+    hidden = torch.zeros(2, 3)
+    cuda.launch(lambda: hidden.fill_(4.0))
+    mark, later = arena.mark(), []
+    cuda.launch(lambda: later.append("the experts' kernels"))
+    (copy,) = arena.to_host([hidden], mark)
+    assert torch.equal(copy, torch.full((2, 3), 4.0)) and not later
+    assert torch.equal(arena.from_host([copy, copy]), torch.full((4, 3), 4.0))

@@ -187,7 +187,9 @@ class DeviceArena:
             for copy, tensor in zip(copies, tensors, strict=True):
                 self._copy(copy, tensor)
                 tensor.record_stream(self._rows)
-            self._rows.synchronize()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(self._rows)
+        done.synchronize()
         return copies
 
     def from_host(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:

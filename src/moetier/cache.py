@@ -34,7 +34,8 @@ class Lease:
     """An expert that stays where it is until the stream moves on. `fields` are views of its slot, not copies.
 
     It is in tier 0; `in_place`, in host memory although there is a device: for the CPU to compute. Who changes the
-    fields sets `dirty`: the record is then written home before it loses its slot.
+    fields sets `dirty`: the record is then written home before it loses its slot. (In place, after
+    `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
     """
 
     __slots__ = ("dirty", "fields", "in_place", "key", "slot")

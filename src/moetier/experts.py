@@ -8,6 +8,7 @@ experts became ready in. Families differ only by the flags that `use_experts_imp
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.cache import Lease
+from moetier.crew import MAX_ROWS, Crew
+
+Fields = dict[str, torch.Tensor]
+Run = list[tuple[int, int, Fields]]  # neighbouring experts: first row, end of rows, fields
 
 if TYPE_CHECKING:
     from moetier.inplace import InPlace
@@ -36,6 +41,18 @@ def _linear(
         out.add_(bias)
 
 
+def _read(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, without holding up any stream but its own."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record(torch.cuda.current_stream(tensor.device))
+    there.synchronize()
+    return host
+
+
 class Routing:
     """The (token, expert) pairs of an access, sorted by expert: which rows each expert computes.
 
@@ -49,17 +66,19 @@ class Routing:
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
         self.rows: dict[int, tuple[int, int]] = {}  # expert -> its range of sorted rows
+        self.tokens: tuple[int, ...] = ()  # rows of each expert, ascending by expert
         self.mass: tuple[float, ...] = ()
         gates = None
         if not with_mass:
-            experts = sorted_experts.cpu().numpy()
+            experts = _read(sorted_experts).numpy()
         elif index.device.type == "cpu":
             experts, gates = sorted_experts.numpy(), self.weights.detach().float().numpy()
         else:  # one copy: float64 holds both the ids and the weights exactly
-            experts, gates = torch.stack((sorted_experts.double(), self.weights.detach().double())).cpu().numpy()
+            experts, gates = _read(torch.stack((sorted_experts.double(), self.weights.detach().double()))).numpy()
         if len(experts):
             edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
             self.rows = {int(experts[begin]): (begin, end) for begin, end in pairwise(edges)}
+            self.tokens = tuple(end - begin for begin, end in pairwise(edges))
             if gates is not None:
                 one_each = len(self.rows) == len(experts)
                 mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
@@ -78,34 +97,32 @@ def forward_from_leases(
     hidden: torch.Tensor,
     routing: Routing,
     batches: Iterable[Sequence[Lease]],
+    crew: Crew | None = None,
     in_place: InPlace | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
-    Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once.
-    Leases in place are for `in_place`, which is needed where there may be any.
+    Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
+    `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
+    where there may be any.
     """
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = down = None
+    math: _Math | None = None
     for batch in batches:
         if batch[0].in_place:
             assert in_place is not None
             in_place.compute(batch)
             continue
-        if up is None or down is None:
-            up = _buffer(rows, batch[0].fields[up_name], module.is_transposed)
-            down = _buffer(rows, batch[0].fields["down_proj"], module.is_transposed)
-        for run in _runs(batch, routing):
-            first, last = run[0][0], run[-1][1]
-            for begin, end, fields in run:
-                bias = fields.get(f"{up_name}_bias")
-                _linear(rows[begin:end], fields[up_name], bias, module.is_transposed, up[begin:end])
-            h = up[first:last]
-            h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-            for begin, end, fields in run:
-                bias, x = fields.get("down_proj_bias"), h[begin - first : end - first]
-                _linear(x, fields["down_proj"], bias, module.is_transposed, down[begin:end])
+        if math is None:
+            math = _Math(module, rows, batch[0].fields)
+        runs = _runs(batch, routing)
+        if crew is None or len(batch) == 1 or max(routing.tokens) > MAX_ROWS:
+            for run in runs:
+                math.compute(run)
+        else:
+            shares = _shares(runs, -(-len(batch) // (2 * crew.helpers + 2)))
+            crew.run([partial(math.compute, share) for share in shares])
+    down = None if math is None else math.down
     if in_place is not None:
         down = in_place.deliver(down)
     if down is None:  # no tokens
@@ -115,15 +132,35 @@ def forward_from_leases(
     return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
 
 
-def expert_math(module: Any, rows: torch.Tensor, fields: dict[str, torch.Tensor]) -> torch.Tensor:
+def expert_math(module: Any, rows: torch.Tensor, fields: Fields) -> torch.Tensor:
     """One expert by itself, where its fields are: [n, H] → [n, H], without gate weights and norm."""
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
-    up = _buffer(rows, fields[up_name], module.is_transposed)
-    _linear(rows, fields[up_name], fields.get(f"{up_name}_bias"), module.is_transposed, up)
-    h = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    down = _buffer(rows, fields["down_proj"], module.is_transposed)
-    _linear(h, fields["down_proj"], fields.get("down_proj_bias"), module.is_transposed, down)
-    return down
+    math = _Math(module, rows, fields)
+    math.compute([(0, len(rows), fields)])
+    return math.down
+
+
+class _Math:
+    """The products of an access: rows in, and a result in the place of every row whatever the order."""
+
+    def __init__(self, module: Any, rows: torch.Tensor, fields: dict[str, torch.Tensor]):
+        self.module, self.rows = module, rows
+        self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        self.up_bias = f"{self.up_name}_bias"
+        self.up = _buffer(rows, fields[self.up_name], module.is_transposed)
+        self.down = _buffer(rows, fields["down_proj"], module.is_transposed)
+
+    def compute(self, run: Run) -> None:
+        """Experts whose rows touch."""
+        module = self.module
+        first, last = run[0][0], run[-1][1]
+        for begin, end, fields in run:
+            bias = fields.get(self.up_bias)
+            _linear(self.rows[begin:end], fields[self.up_name], bias, module.is_transposed, self.up[begin:end])
+        h = self.up[first:last]
+        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
+        for begin, end, fields in run:
+            bias, x = fields.get("down_proj_bias"), h[begin - first : end - first]
+            _linear(x, fields["down_proj"], bias, module.is_transposed, self.down[begin:end])
 
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
@@ -131,9 +168,9 @@ def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> to
     return torch.empty(rows.size(0), weight.size(1 if is_transposed else 0), dtype=weight.dtype, device=rows.device)
 
 
-def _runs(batch: Sequence[Lease], routing: Routing) -> list[list[tuple[int, int, dict[str, torch.Tensor]]]]:
-    """The batch as runs of experts whose sorted rows touch: (begin, end, fields) each."""
-    runs: list[list[tuple[int, int, dict[str, torch.Tensor]]]] = []
+def _runs(batch: Sequence[Lease], routing: Routing) -> list[Run]:
+    """The batch as runs of experts whose sorted rows touch."""
+    runs: list[Run] = []
     for begin, end, fields in sorted(((*routing.rows[lease.key.expert], lease.fields) for lease in batch), key=_begin):
         if runs and runs[-1][-1][1] == begin:
             runs[-1].append((begin, end, fields))
@@ -142,13 +179,15 @@ def _runs(batch: Sequence[Lease], routing: Routing) -> list[list[tuple[int, int,
     return runs
 
 
-def _begin(item: tuple[int, int, dict[str, torch.Tensor]]) -> int:
+def _shares(runs: list[Run], size: int) -> list[Run]:
+    """The runs cut into pieces of at most `size` experts."""
+    return [run[begin : begin + size] for run in runs for begin in range(0, len(run), size)]
+
+
+def _begin(item: tuple[int, int, Fields]) -> int:
     return item[0]
 
 
 def keys_of(layer: int, routing: Routing) -> tuple[tuple[ExpertKey, ...], tuple[int, ...]]:
     """The access's keys, ascending, and the tokens routed to each."""
-    return (
-        tuple(ExpertKey(layer, expert) for expert in routing.rows),
-        tuple(end - begin for begin, end in routing.rows.values()),
-    )
+    return tuple(ExpertKey(layer, expert) for expert in routing.rows), routing.tokens

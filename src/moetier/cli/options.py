@@ -79,6 +79,15 @@ UseProfile = Annotated[
         rich_help_panel=_TIERS,
     ),
 ]
+CPUExperts = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="With a GPU, missing experts that the CPU computes: off, auto (as measured) or always. Other than off, "
+        "outputs may differ in the last bits from run to run.",
+        rich_help_panel=_TIERS,
+    ),
+]
 
 Device = Annotated[
     str | None,
@@ -93,6 +102,15 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help="Run the model's own Python code. Only if you trust it.", rich_help_panel=_COMPUTE
+    ),
+]
+SplitBy = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="How CPU threads share a small step: experts, products (torch's own way) or auto.",
+        rich_help_panel=_COMPUTE,
     ),
 ]
 Revision = Annotated[

@@ -36,9 +36,11 @@ def run(
     io: o.IO = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
+    cpu_experts: o.CPUExperts = "off",
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    split: o.SplitBy = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     max_new_tokens: o.MaxNewTokens = 128,
@@ -83,14 +85,17 @@ def run(
         context,
         readers,
         io,  # type: ignore[arg-type]
+        split,  # type: ignore[arg-type]
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        cpu_experts=cpu_experts,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
-    if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
-        warnings.append("device_memory is not used: the model computes on the CPU")
+    if device == "cpu" or not torch.cuda.is_available():
+        unused = {"device_memory": device_memory is not None, "cpu_experts": cpu_experts != "off"}
+        warnings += [f"{name} is not used: the model computes on the CPU" for name, given in unused.items() if given]
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     inputs = tokenise(tokenizer, text, system, chat)
