@@ -32,7 +32,7 @@ class FakeCuda:
         self.errors: list[str] = []
         self.default = self.stream()
         self.compute: list[FakeStream] = [self.default]
-        self.host_waits = 0
+        self.host_waits = self.ticks = 0
 
     def stream(self, device: Any = None, **_: Any) -> FakeStream:
         with self.lock:
@@ -70,6 +70,7 @@ class FakeCuda:
             heads = [stream for stream in self.streams if stream.queue and stream.runnable()]
             if not heads:
                 return False
+            self.ticks += 1
             self.random.choice(heads).queue.popleft()()
             return True
 
@@ -132,7 +133,7 @@ class FakeEvent:
 
             def end() -> None:
                 self.ended = max(self.ended, version)
-                self.when = self.cuda.random.random()
+                self.when = float(self.cuda.ticks)
 
             (stream or self.cuda.current()).queue.append(end)
 
@@ -147,7 +148,7 @@ class FakeEvent:
 
     def elapsed_time(self, other: FakeEvent) -> float:
         assert self.timing and other.timing
-        return 1e3 * abs(other.when - self.when)
+        return other.when - self.when
 
 
 def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, haste: float = 0.05) -> FakeCuda:

@@ -20,7 +20,7 @@ from moetier import Residency, StoreError, TierConfig, arenas
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import CHUNK, DeviceArena, HostArena
 from moetier.cache import ExpertCache, Lease
-from moetier.fences import SlotFences
+from moetier.fences import CopyClock, SlotFences
 from moetier.record import RecordLayout
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together
 
@@ -169,6 +169,26 @@ def test_copies_of_demand_do_not_wait_for_one_another_on_the_host(monkeypatch: p
     assert all(fence.query() for fence in fences)
 
 
+def test_the_time_of_copies_is_that_of_their_union() -> None:
+    class At:
+        """An event that ended at a time, in milliseconds."""
+
+        def __init__(self, when: float):
+            self.when = when
+
+        def query(self) -> bool:
+            return self.when < 1000
+
+        def elapsed_time(self, other: At) -> float:
+            return other.when - self.when
+
+    clock = CopyClock()
+    assert clock.seconds() == 0.0
+    for begin, end in [(10, 20), (15, 25), (16, 24), (100, 130), (120, 125), (129, 140), (990, 1010)]:
+        clock.add(At(begin), At(end))
+    assert clock.seconds() == pytest.approx(0.015 + 0.040), "and the last one has not ended"
+
+
 class GpuRun:
     """A cache whose device is late: leases are checked by kernels, when these run at last."""
 
@@ -218,7 +238,7 @@ def test_the_engine_on_a_late_device(
     run.cache.settle()
     run.core.check()
     link = run.cache.mover.links[1]
-    assert link.copies > 0 and link.busy_seconds >= 0
+    assert link.copies > 0 and link.busy_seconds > 0
     run.cache.close()
     cuda.run_all()
     assert run.checked == served and not run.wrong

@@ -105,7 +105,7 @@ class DeviceArena:
         self._behind, self._out, self._rows = self._stream(), self._stream(), self._stream()
         self._turn = 0
         self._fences = SlotFences(slots)
-        self._clock = CopyClock(self._lanes[0])
+        self._clock = CopyClock()
         self._views: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in range(slots)]
 
     def _stream(self) -> Any:
