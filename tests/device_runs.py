@@ -79,9 +79,19 @@ class MemoryStore:
 class ChangingRun:
     """Accesses that check every word of a record and change half of the records, on the device or in place."""
 
-    def __init__(self, slots: int, host_slots: int, words: int, device: torch.device, launch: Launch, seed: int):
+    def __init__(
+        self,
+        slots: int,
+        host_slots: int,
+        words: int,
+        device: torch.device,
+        launch: Launch,
+        seed: int,
+        exclusive: bool = False,
+    ):
         self.store, self.launch, self.draw = MemoryStore(words), launch, random.Random(seed)
-        self.core = Residency([TierConfig(slots), TierConfig(host_slots)], LAYERS, EXPERTS, AtRandom(seed))
+        configs = [TierConfig(slots), TierConfig(host_slots, exclusive=exclusive)]
+        self.core = Residency(configs, LAYERS, EXPERTS, AtRandom(seed))
         host = HostArena(host_slots, self.store.slot_nbytes, page_locked=True)
         arena = DeviceArena(slots, self.store.slot_nbytes, device)
         self.cache = ExpertCache(self.store, self.core, host, arena, readers=2)

@@ -194,7 +194,7 @@ class GpuRun:
 
     def __init__(self, cuda: fake_cuda.FakeCuda, slots: int, host_slots: int, seed: int, **config: Any):
         self.cuda, self.store = cuda, FakeStore(seed, delay=0.0003)
-        self.core = Residency([TierConfig(slots, **config), TierConfig(host_slots)], LAYERS, EXPERTS)
+        self.core = Residency([TierConfig(slots), TierConfig(host_slots, **config)], LAYERS, EXPERTS)
         host = HostArena(host_slots, self.store.slot_nbytes, page_locked=True)
         device = DeviceArena(slots, self.store.slot_nbytes, CPU)
         self.cache = ExpertCache(self.store, self.core, host, device, readers=3)
@@ -219,12 +219,12 @@ class GpuRun:
 
 
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 1), (2, 1), (1, 5), (3, 3), (6, 4), (12, 24)])
-@pytest.mark.parametrize("haste", [0.0, 0.3])
+@pytest.mark.parametrize(("haste", "exclusive"), [(0.0, False), (0.3, False), (0.0, True), (0.2, True)])
 def test_the_engine_on_a_late_device(
-    slots: int, host_slots: int, haste: float, monkeypatch: pytest.MonkeyPatch
+    slots: int, host_slots: int, haste: float, exclusive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda = fake_cuda.install(monkeypatch, slots, haste)
-    run = GpuRun(cuda, slots, host_slots, slots)
+    run = GpuRun(cuda, slots, host_slots, slots, exclusive=exclusive)
     draw, served = random.Random(slots), 0
     for time in range(1, 60):
         layer, experts = time % LAYERS, draw.sample(range(EXPERTS), draw.randint(1, 5))
@@ -291,14 +291,14 @@ def test_a_copy_that_cannot_be_enqueued_is_raised_and_leaves_the_cache_usable(mo
     assert not run.wrong
 
 
-@pytest.mark.parametrize("haste", [0.0, 0.2])
+@pytest.mark.parametrize(("haste", "exclusive"), [(0.0, False), (0.2, False), (0.0, True), (0.2, True)])
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 2), (3, 3), (5, 9)])
 def test_changed_records_and_experts_in_place_on_a_late_device(
-    slots: int, host_slots: int, haste: float, monkeypatch: pytest.MonkeyPatch
+    slots: int, host_slots: int, haste: float, exclusive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kernels change is written home, what the CPU changes is what the device gets later, and nothing mixes."""
     cuda = fake_cuda.install(monkeypatch, slots, haste)
-    run = ChangingRun(slots, host_slots, 300, CPU, cuda.launch, slots)
+    run = ChangingRun(slots, host_slots, 300, CPU, cuda.launch, slots, exclusive)
     run.run(60)
     run.finish()
     cuda.run_all()

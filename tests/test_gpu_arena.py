@@ -186,10 +186,10 @@ def test_memory_that_could_not_be_locked_does_not_blame_the_next_kernel() -> Non
 
 
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 1), (2, 1), (3, 3), (6, 4), (12, 24)])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_the_engine_with_a_late_device(slots: int, host_slots: int, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "exclusive"), [(1, False), (3, False), (1, True), (3, True)])
+def test_the_engine_with_a_late_device(slots: int, host_slots: int, threads: int, exclusive: bool) -> None:
     store = FakeStore(slots, delay=0.0002)
-    core = Residency([TierConfig(slots), TierConfig(host_slots)], LAYERS, EXPERTS)
+    core = Residency([TierConfig(slots), TierConfig(host_slots, exclusive=exclusive)], LAYERS, EXPERTS)
     host = HostArena(host_slots, store.slot_nbytes, page_locked=True)
     cache = ExpertCache(store, core, host, DeviceArena(slots, store.slot_nbytes, cuda()), 3)
     expected = {
@@ -232,10 +232,11 @@ def test_the_engine_with_a_late_device(slots: int, host_slots: int, threads: int
     cache.close()
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 2), (3, 3), (5, 9)])
-def test_changed_records_and_experts_in_place(slots: int, host_slots: int) -> None:
+def test_changed_records_and_experts_in_place(slots: int, host_slots: int, exclusive: bool) -> None:
     """Write-backs through the device, changes in place, and prefetches, while kernels are late."""
-    run = ChangingRun(slots, host_slots, 30_000, cuda(), lambda work: work(), slots)
+    run = ChangingRun(slots, host_slots, 30_000, cuda(), lambda work: work(), slots, exclusive)
     run.run(80, lambda: spin(LATE // 20))
     run.finish()
     torch.cuda.synchronize()

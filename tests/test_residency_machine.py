@@ -8,7 +8,9 @@ its newest version. So a slot reused too early, a stale home or a lost update al
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -133,11 +135,25 @@ class Run:
         self.live.remove(ticket)
         self.held = [(other, key) for other, key in self.held if other is not ticket]
 
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
         before = self.core.residents()
-        accepted = self.core.prefetch(key, displace)
-        assert displace or before <= self.core.residents(), "a prefetch displaced something"
+        core = self.core.core
+        new = {key for key, entry in core._top.entries.items() if entry.leases or entry.round == core._round}
+        accepted = self.core.prefetch(key, displace, staged)
+        after = self.core.residents()
+        assert (displace and not staged) or before <= after, "a prefetch displaced something"
+        assert before & new <= after, "a prefetch displaced what is live or just loaded"
         assert not (accepted and key in before)
+        assert not staged or not accepted or core._top.entries[key].transient
+
+    def withdraw(self, random: Random) -> None:
+        """What a mover does with the copies that nobody wants: it may have begun them, or not."""
+        obsolete = [copy_id for copy_id in self.core.obsolete if copy_id in self.memory.flights]
+        self.core.obsolete.clear()
+        for copy_id in obsolete:
+            if random.random() < 0.7:
+                del self.memory.flights[copy_id]
+                self.core.cancelled(copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         try:
@@ -174,6 +190,9 @@ class Run:
         """Nothing hangs, nothing is lost, every record can still be had, and a replay decides the same."""
         self.drain()
         self.check()
+        staged = {key for key, entry in self.core.core._top.entries.items() if entry.transient}
+        for key in staged:
+            assert not self.core.cancel(key), "its bytes are there"
         assert not self.core.tickets and all(not tier.transients for tier in self.core.core._tiers)
         tiers = self.core.core._tiers
         top = tiers[0].entries
@@ -205,8 +224,15 @@ def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
 class CoreMachine(RuleBasedStateMachine):
     """Several live accesses over one to three tiers; copies end in any order, some fail."""
 
-    @initialize(top=tier_configs(True), lower=st.lists(tier_configs(False), max_size=2), in_place=st.booleans())
-    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool) -> None:
+    @initialize(
+        top=tier_configs(True),
+        lower=st.lists(tier_configs(False), max_size=2),
+        in_place=st.booleans(),
+        exclusive=st.sampled_from([{}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]),
+    )
+    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool, exclusive: dict[str, Any]) -> None:
+        if lower:
+            lower[0] = replace(lower[0], **exclusive)
         self.run = Run([top, *lower], in_place)
 
     @precondition(lambda self: len(self.run.live) < 3)
@@ -238,13 +264,14 @@ class CoreMachine(RuleBasedStateMachine):
     def complete(self, data: st.DataObject, ok: bool) -> None:
         self.run.memory.end(data.draw(st.sampled_from(sorted(self.run.memory.flights))), ok)
 
-    @rule(key=st.sampled_from(KEYS), displace=st.booleans())
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
-        self.run.prefetch(key, displace)
+    @rule(key=st.sampled_from(KEYS), displace=st.booleans(), staged=st.booleans())
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
+        self.run.prefetch(key, displace, staged)
 
-    @rule(key=st.sampled_from(KEYS))
-    def cancel(self, key: ExpertKey) -> None:
+    @rule(key=st.sampled_from(KEYS), seed=st.integers(0, 3))
+    def cancel(self, key: ExpertKey, seed: int) -> None:
         self.run.core.cancel(key)
+        self.run.withdraw(Random(seed))
 
     @rule(key=st.sampled_from(KEYS))
     def pin(self, key: ExpertKey) -> None:
@@ -281,6 +308,8 @@ def random_tiers(random: Random) -> list[TierConfig]:
         staging = random.choice([0, 0, 1, 2])
         policy, admission = random.choice(ONLINE), random.choice(sorted(ADMISSIONS))
         tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
+    if len(tiers) > 1 and random.random() < 0.6:
+        tiers[1] = replace(tiers[1], exclusive=True, spare=random.choice([0, 1, 2, 8]), refill=random.random() < 0.2)
     return tiers
 
 
@@ -288,7 +317,7 @@ def random_step(run: Run, random: Random) -> None:
     key = random.choice(KEYS)
     kind = random.choices(
         ["acquire", "use", "release", "start", "complete", "abort", "prefetch", "cancel", "pin", "unpin"],
-        [10, 20, 20, 14, 24, 1, 5, 2, 2, 2],
+        [10, 20, 20, 14, 24, 1, 6, 4, 2, 2],
     )[0]
     ready = [ticket for ticket in run.live if ticket.ready]
     if kind == "acquire" and len(run.live) < 3:
@@ -305,9 +334,11 @@ def random_step(run: Run, random: Random) -> None:
     elif kind == "abort" and run.live:
         run.abort(random.choice(run.live))
     elif kind == "prefetch":
-        run.prefetch(key, random.random() < 0.5)
+        run.prefetch(key, random.random() < 0.5, random.random() < 0.4)
     elif kind == "cancel":
         run.core.cancel(key)
+        if random.random() < 0.8:
+            run.withdraw(random)
     elif kind == "pin":
         run.pin(key)
     elif kind == "unpin":

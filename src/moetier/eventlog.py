@@ -83,7 +83,9 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
         layers, experts, count = (_number(header[name]) for name in ("layers", "experts", "events"))
         tiers = tuple(TierConfig(**tier) for tier in header["tiers"])
         for tier in tiers:
-            _check(tier.slots, tier.staging, tier.floor)
+            _check(tier.slots, tier.staging, tier.floor, tier.spare)
+            _flag(tier.exclusive)
+            _flag(tier.refill)
             if not (isinstance(tier.policy, str) and isinstance(tier.admission, str)):
                 raise ValueError("policies are given by name")
     except (ValueError, TypeError, KeyError) as error:
@@ -170,8 +172,9 @@ _PARSERS: dict[str, Sequence[Callable[[object, int, int], object]]] = {
     "abort": (_COUNT,),
     "completed": (_COUNT, _BOOL),
     "take": (),
-    "prefetch": (_key, _BOOL),
+    "prefetch": (_key, _BOOL, _BOOL),  # the key, whether it displaces, whether it is staged
     "cancel": (_key,),
+    "cancelled": (_COUNT,),
     "pin": (_key,),
     "unpin": (_key,),
 }
@@ -185,7 +188,7 @@ class Recorder:
         self.log = EventLog(core.configs, core.layers, core.experts)
         self._note = self.log.events.append
         self.configs, self.layers, self.experts = core.configs, core.layers, core.experts
-        self.promoted = core.promoted  # one list: the core only appends, the caller clears
+        self.promoted, self.obsolete = core.promoted, core.obsolete  # the core only appends, the caller clears
         self.place, self.residents, self.counters = core.place, core.residents, core.counters
         self.digest, self.check, self.holds = core.digest, core.check, core.holds
 
@@ -221,15 +224,20 @@ class Recorder:
             self._note(("take",))
         return orders
 
-    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
+    def prefetch(self, key: ExpertKey, displace: bool = False, staged: bool = False) -> bool:
         """See `Residency.prefetch`."""
-        self._note(("prefetch", key, displace))
-        return self.core.prefetch(key, displace)
+        self._note(("prefetch", key, displace, staged))
+        return self.core.prefetch(key, displace, staged)
 
     def cancel(self, key: ExpertKey) -> bool:
         """See `Residency.cancel`."""
         self._note(("cancel", key))
         return self.core.cancel(key)
+
+    def cancelled(self, copy_id: int) -> None:
+        """See `Residency.cancelled`."""
+        self._note(("cancelled", copy_id))
+        self.core.cancelled(copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         """See `Residency.pin`."""

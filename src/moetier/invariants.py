@@ -20,6 +20,7 @@ def check(core: Residency) -> None:
     _check_copies(core)
     _check_leases(core)
     _check_dirty(core)
+    _check_doubles(core)
     for tier in core._tiers:
         counted = [0] * core.layers
         for entry in tier.entries.values():
@@ -101,7 +102,8 @@ def _check_leases(core: Residency) -> None:
             assert entry.leases == count, f"{entry.key} has {entry.leases} leases for {count} users"
             if entry.state is State.READY:
                 assert not entry.tickets, "someone waits for a record that is ready"
-                assert entry.leases or not entry.transient, "a staged record outlives its use"
+                staged = entry.prefetched and not entry.lost
+                assert entry.leases or not entry.transient or staged, "a staged record outlives its use"
     for ticket in core._live.values():
         for key in ticket.leased:
             entry = core._entry(ticket, key)
@@ -126,7 +128,7 @@ def _check_dirty(core: Residency) -> None:
         dirty = [entry for entry in kept if entry.dirty]
         assert len(dirty) <= 1, f"{key} is dirty twice"
         if dirty:
-            below = [entry for entry in kept if entry.place.tier > dirty[0].place.tier]
+            below = [entry for entry in kept if entry.place.tier > dirty[0].place.tier and not entry.stale]
             assert not below, f"an old version of {key} is kept below the dirty one"
             assert dirty[0].place.tier < 2, f"{key} was changed in a tier where nothing computes"
             assert dirty[0].state is State.READY and key not in core._leaving, f"two newest versions of {key}"
@@ -136,3 +138,21 @@ def _check_dirty(core: Residency) -> None:
     for tier in core._tiers:
         for entry in tier.entries.values():
             assert not entry.stale or entry.state is State.LOADING, "a record that was half copied is ready"
+
+
+def _check_doubles(core: Residency) -> None:
+    exclusive = core._exclusive
+    if exclusive is None:
+        return
+    kept = [
+        {key for key, entry in tier.entries.items() if entry.state is State.READY and not entry.transient}
+        for tier in core._tiers[:2]
+    ]
+    assert exclusive.doubles.keys() == kept[0] & kept[1], "the records that are kept twice are miscounted"
+    assert exclusive.ahead <= exclusive.doubles.keys(), "a record is to leave first that cannot leave at once"
+    for copy in core._orders.copies.values():
+        if copy.kind is Kind.DEMOTE:
+            above = core._top.entries[copy.key]
+            assert (copy.source.tier, copy.target.tier) == (0, 1) and above.state is State.READY
+            below = core._tiers[1].entries[copy.key]
+            assert below.stale or not above.dirty, "a changed record is copied down as if it were at home"
