@@ -351,8 +351,8 @@ def test_one_expert_in_place_against_the_device() -> None:
     results = []
     for here in ((), (1, 3), (0, 1, 2, 3)):
         in_place = InPlace(Module(), hidden, routing, arena)
-        batches: list[Any] = [[Given(e, False)] for e in routing.rows if e not in here]
-        batches += [[Given(e, True)] for e in routing.rows if e in here]
+        batches: list[Any] = [[Given(e, False)] for e in routing.number if e not in here]
+        batches += [[Given(e, True)] for e in routing.number if e in here]
         results.append(forward_from_leases(Module(), hidden, routing, batches, None, in_place).float())
     assert near(results[1], results[0]) and near(results[2], results[0])
     rows = hidden[:1]

@@ -8,6 +8,7 @@ computes an expert shows in the last bits, see docs/gpu.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,13 +26,15 @@ class InPlace:
         self._device = device if isinstance(device, DeviceArena) else None  # else all memory is host memory
         self._mark = None if self._device is None else self._device.mark()  # before any expert's kernels
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._edges = list(accumulate(routing.tokens, initial=0))  # of every expert's sorted rows
         self._results: list[tuple[int, int, torch.Tensor]] = []  # sorted rows from, to; [n, H] on the host
 
     def compute(self, leases: Sequence[Lease]) -> None:
         """The experts of these leases, on the CPU, by the thread that calls."""
         hidden, tokens = self._on_host()
         for lease in leases:
-            begin, end = self._routing.rows[lease.key.expert]
+            number = self._routing.number[lease.key.expert]
+            begin, end = self._edges[number : number + 2]
             rows = hidden[tokens[begin:end]]
             self._results.append((begin, end, expert_math(self._module, rows, lease.fields)))
 
