@@ -44,7 +44,7 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
+        "--admission --chat --context --cpu-experts --device --device-memory --do-sample --dtype --greedy --help "
         "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
         "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --store --system "
         "--temperature "

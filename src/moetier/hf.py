@@ -24,17 +24,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
+from moetier.calibration import Calibration, serve_in_place
 from moetier.crew import MAX_ROWS, Crew, OneThread, Split, make_crew
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
+from moetier.inplace import InPlace
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
+from moetier.misses import CPU_EXPERTS
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
+from moetier.registry import find
 from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
@@ -61,6 +65,9 @@ class Options:
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
+    With a GPU, `cpu_experts` says which missing experts the
+    CPU computes where they are: off, auto (as measured at load), always; other than off, outputs depend on timing in
+    their last bits (docs/gpu.md).
     """
 
     device_memory: str | int | None = None
@@ -77,11 +84,13 @@ class Options:
     profile: str | None = None
     record_profile: bool = False
     store: str | None = None
+    cpu_experts: str = "off"
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
         check_online(self.policy)
         make_admission(self.admission)
+        find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None:
@@ -135,6 +144,7 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self._one_thread = OneThread()
         self._small = False  # the step that runs
@@ -161,9 +171,9 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
-        return forward_from_leases(
-            module, hidden, routing, self.cache.batches(access), self.crew if self._small else None
-        )
+        in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
+        crew = self.crew if self._small else None
+        return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -396,11 +406,13 @@ def attach_cache(
         raise
     try:
         watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
+        calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
     except BaseException:
         cache.close()
         raise
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
+    tiered.calibration = calibration
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)

@@ -87,6 +87,15 @@ Store = Annotated[
         rich_help_panel=_TIERS,
     ),
 ]
+CPUExperts = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="With a GPU, missing experts that the CPU computes: off, auto (as measured) or always. Other than off, "
+        "outputs may differ in the last bits from run to run.",
+        rich_help_panel=_TIERS,
+    ),
+]
 
 Device = Annotated[
     str | None,
