@@ -9,8 +9,9 @@ stacked parameters and compute through the `moetier` experts implementation.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
+from moetier.chunks import SliceCache, forward_in_slices, open_slices
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
@@ -36,7 +38,7 @@ from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
 from moetier.saving import save_streaming
-from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
+from moetier.sizing import kv_nbytes, record_nbytes, slice_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.shards import Shards
 from moetier.tiers import configure
@@ -116,7 +118,7 @@ class TieredExperts:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: ExpertCache | SliceCache,
         plan: Plan,
         layers: list[LayerMap],
         recorder: Recorder | None,
@@ -147,6 +149,8 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        if isinstance(self.cache, SliceCache):
+            return forward_in_slices(module, hidden, routing, self.cache.slices(access))
         return forward_from_leases(module, hidden, routing, self.cache.batches(access))
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -309,7 +313,10 @@ def map_experts(model: Any, modules: list[tuple[str, Any]], shards: Shards, dtyp
     """Per experts module, where its experts' bytes are; and the experts a token uses."""
     dtype_of = _dtype_plan(model, dtype)
     checkpoint = CheckpointMap(model, shards)
-    maps = [checkpoint.layer(expert_parameters(name, module, dtype_of)) for name, module in modules]
+    maps = [
+        replace(checkpoint.layer(expert_parameters(name, module, dtype_of)), is_transposed=module.is_transposed)
+        for name, module in modules
+    ]
     return maps, top_k_of(model, modules)
 
 
@@ -358,8 +365,12 @@ def attach_cache(
     if plan.status is Status.BUDGET_EXHAUSTED:
         raise CapacityError(plan.advice, minimum_slots=1)
     store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    cache: ExpertCache | SliceCache
     try:
-        cache, recorder = build_cache(store, plan, options, device)
+        if plan.chunks is not None:
+            cache, recorder = slice_cache(store, [module for _, module in modules], plan, options), None
+        else:
+            cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
         store.close()
         raise
@@ -377,13 +388,13 @@ def attach_cache(
     save_streaming(model, shards, maps)
 
 
-def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
+def watch_uses(cache: ExpertCache | SliceCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
     """Pin experts and count their uses as the options say. Raises `ConfigError` for a profile of another model."""
     pins = options.pin_after is not None or options.profile is not None
     if not (pins or options.record_profile):
         return
     layers, experts, fingerprint = cache.store.layers, cache.store.experts, shards.fingerprint()
-    if pins:
+    if pins and isinstance(cache, ExpertCache):
         known = None if options.profile is None else load_profile(options.profile, layers, experts, fingerprint)
         cache.pinning = WarmPinning(
             cache.core, layers, experts, plan.slots, plan.workload.top_k, options.pin_after, known
@@ -405,6 +416,8 @@ def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.d
         kv_nbytes=kv,
         context=options.context,
         workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
+        slice_nbytes=slice_nbytes(maps),
+        slices_reread=any(m.is_transposed for m in maps),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)
@@ -438,6 +451,17 @@ def budgets(options: Options, device: torch.device) -> Machine:
     if options.device_memory is None:
         return Machine(host, default_device_nbytes(device))
     return Machine(host, parse_size(options.device_memory, "device_memory"))
+
+
+def slice_cache(store: CheckpointStore, modules: list[Any], plan: Plan, options: Options) -> SliceCache:
+    """Buffers for slices by a plan without slots. Raises `ConfigError` for options that need a cache."""
+    assert plan.chunks is not None
+    asked = {"pin_after": options.pin_after, "profile": options.profile, "record_events": options.record_events or None}
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(f"{name}: not without a slot; {plan.advice}")
+    warnings.warn(plan.advice, RuntimeWarning, stacklevel=2)
+    return open_slices(store, modules, plan.chunks, options.readers)
 
 
 def build_cache(

@@ -7,15 +7,17 @@ read aside and the loader's own operations run on this one expert. No fused tens
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
 from moetier.access import ExpertKey
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.stores.diskio import DiskFile
+from moetier.stores.diskio import DiskFile, aligned_buffer
 from moetier.stores.shards import Shards
 
 SEGMENT_NBYTES = 1 << 20  # one read request: large enough for full bandwidth, small enough to share among threads
@@ -45,11 +47,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A field that is not bytes of the checkpoint as they are: `run` turns the sources into the field's tensor."""
+    """A field that is not bytes of the checkpoint as they are: `run` turns the sources into the field's tensor.
+
+    With `casts` that is no more than the sources one behind the other in another dtype.
+    """
 
     field: str
     sources: tuple[Source, ...]
     run: Callable[[dict[str, list[torch.Tensor]]], torch.Tensor]
+    casts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +179,48 @@ class CheckpointStore:
         target_tensor.copy_(conversion.run(inputs))
         return nbytes
 
+    def sliceable(self, layer: int) -> bool:
+        """Whether the layer's records are the checkpoint's bytes, or casts of them."""
+        return can_slice(self._recipes[layer])
+
+    def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
+        """Read a block of a field; some columns only are picked out of whole rows."""
+        layout = next(f for f in self._layouts[key.layer].fields if f.name == field)
+        recipe = self._recipes[key.layer][key.expert]
+        cast = next((c for c in recipe.conversions if c.field == field), None)
+        width = layout.nbytes // layout.shape[0] // layout.dtype.itemsize
+        if cast is None:
+            read, dtype, start = partial(self._read_span, recipe.extents), layout.dtype, layout.offset
+        else:
+            extents = _one_behind_the_other(cast.sources)
+            read, dtype, start = partial(self._read_span, extents), cast.sources[0].dtype, 0
+        row_nbytes = width * dtype.itemsize
+        if cast is None and columns is None:
+            return read(start + rows.start * row_nbytes, into)
+        target = torch.frombuffer(into, dtype=layout.dtype).view(len(rows), -1)
+        total, step = 0, max(1, SEGMENT_NBYTES // row_nbytes)
+        for first in range(rows.start, rows.stop, step):
+            count = min(step, rows.stop - first)
+            window = _window(count * row_nbytes)
+            total += read(start + first * row_nbytes, window)
+            block = torch.frombuffer(window, dtype=dtype).view(count, width)
+            picked = block if columns is None else block[:, columns.start : columns.stop]
+            target[first - rows.start : first - rows.start + count].copy_(picked)
+        return total
+
+    def _read_span(self, extents: Sequence[Extent], begin: int, into: memoryview) -> int:
+        """Fill `into` from where the record's bytes from `begin` on come from."""
+        end, got = begin + len(into), 0
+        for extent in extents:
+            low, high = max(begin, extent.target), min(end, extent.target + extent.nbytes)
+            if low < high:
+                self._files[extent.file].read_into(
+                    extent.offset + low - extent.target, into[low - begin : high - begin]
+                )
+                got += high - low
+        assert got == len(into), "the extents do not cover the block"
+        return got
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
@@ -193,6 +241,34 @@ def _phase(recipe: Recipe) -> int:
     first = min(recipe.extents, key=lambda extent: (extent.file, extent.offset))
     phase = (first.offset - first.target) % PAGE
     return phase if phase % recipe.alignment == 0 else 0
+
+
+def can_slice(recipes: Sequence[Recipe]) -> bool:
+    """Whether these records can be read in blocks: nothing is converted but dtypes."""
+    return all(conversion.casts for recipe in recipes for conversion in recipe.conversions)
+
+
+def _one_behind_the_other(sources: Sequence[Source]) -> list[Extent]:
+    extents, target = [], 0
+    for source in sources:
+        extents.append(replace(source.extent, target=target))
+        target += source.extent.nbytes
+    return extents
+
+
+class _Windows(threading.local):
+    """Each thread's own memory for rows that are cast or picked from before they reach their slice."""
+
+    memory = memoryview(b"")
+
+
+_windows = _Windows()
+
+
+def _window(nbytes: int) -> memoryview:
+    if len(_windows.memory) < nbytes:
+        _windows.memory = aligned_buffer(max(nbytes, SEGMENT_NBYTES))
+    return _windows.memory[:nbytes]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
