@@ -460,8 +460,9 @@ def slice_cache(store: CheckpointStore, modules: list[Any], plan: Plan, options:
     for name, value in asked.items():
         if value is not None:
             raise ConfigError(f"{name}: not without a slot; {plan.advice}")
+    cache = open_slices(store, modules, plan.chunks, options.readers)
     warnings.warn(plan.advice, RuntimeWarning, stacklevel=2)
-    return open_slices(store, modules, plan.chunks, options.readers)
+    return cache
 
 
 def build_cache(
