@@ -30,7 +30,7 @@ from moetier.tiers import Copy, Kind, Place
 if TYPE_CHECKING:
     from moetier.profile import Profile
 
-_CHECKED_NBYTES = 4 << 20  # weights that the check of products makes up; within the workspace of a run
+_CHECKED_NBYTES = 2 << 20  # weights that the check of products makes up; within the workspace of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def products_can_be_cut(dtype: torch.dtype, inputs: int, outputs: int, is_transp
     """
     wide = min(outputs, max(2 * GRANULE, _CHECKED_NBYTES // (inputs * dtype.itemsize)))
     generator = torch.Generator().manual_seed(inputs)
-    weight = (torch.rand(wide, inputs, generator=generator) - 0.5).to(dtype)
+    weight = torch.rand(wide, inputs, dtype=dtype, generator=generator).sub_(0.5)
     weight = weight.t().contiguous() if is_transposed else weight.t()
     edges = [0, GRANULE, wide] if wide < 4 * GRANULE else [0, GRANULE, wide // 2 // GRANULE * GRANULE, wide]
     for rows in (1, 2, 33):
