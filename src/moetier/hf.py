@@ -470,7 +470,7 @@ def resident_nbytes(model: Any) -> int:
 def budgets(options: Options, device: torch.device) -> Machine:
     """The options' memory budgets, or what the machine can spare."""
     host = default_host_nbytes() if options.host_memory is None else parse_size(options.host_memory, "host_memory")
-    if device.type == "cpu" and plan.chunks is None:
+    if device.type == "cpu":
         return Machine(host)
     if options.device_memory is None:
         return Machine(host, default_device_nbytes(device))
