@@ -9,8 +9,9 @@ stacked parameters and compute through the `moetier` experts implementation.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +26,7 @@ from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
 from moetier.calibration import Calibration, serve_in_place
+from moetier.chunks import SliceCache, forward_in_slices, open_slices
 from moetier.crew import MAX_ROWS, Crew, OneThread, Split, make_crew
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
@@ -41,7 +43,7 @@ from moetier.record import FIELD_ALIGNMENT
 from moetier.registry import find
 from moetier.residency import Residency
 from moetier.saving import save_streaming
-from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
+from moetier.sizing import kv_nbytes, record_nbytes, slice_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.opening import find_packed, shards_of
 from moetier.stores.packed import PackedStore
@@ -136,7 +138,7 @@ class TieredExperts:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: ExpertCache | SliceCache,
         plan: Plan,
         layers: list[LayerMap],
         recorder: Recorder | None,
@@ -171,6 +173,8 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        if isinstance(self.cache, SliceCache):
+            return forward_in_slices(module, hidden, routing, self.cache.slices(access))
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small else None
         return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
@@ -345,7 +349,10 @@ def map_experts(model: Any, modules: list[tuple[str, Any]], shards: Shards, dtyp
     """Per experts module, where its experts' bytes are; and the experts a token uses."""
     dtype_of = _dtype_plan(model, dtype)
     checkpoint = CheckpointMap(model, shards)
-    maps = [checkpoint.layer(expert_parameters(name, module, dtype_of)) for name, module in modules]
+    maps = [
+        replace(checkpoint.layer(expert_parameters(name, module, dtype_of)), is_transposed=module.is_transposed)
+        for name, module in modules
+    ]
     return maps, top_k_of(model, modules)
 
 
@@ -399,14 +406,20 @@ def attach_cache(
         store = PackedStore(packed, options.io)
     else:
         store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    cache: ExpertCache | SliceCache
     try:
-        cache, recorder = build_cache(store, plan, options, device)
+        if plan.chunks is not None:
+            cache, recorder = slice_cache(store, [module for _, module in modules], plan, options), None
+        else:
+            cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
         store.close()
         raise
     try:
         watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
-        calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
+        calibration = None
+        if isinstance(cache, ExpertCache):
+            calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
     except BaseException:
         cache.close()
         raise
@@ -416,20 +429,21 @@ def attach_cache(
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
-    if device.type == "cpu" and plan.slots < plan.workload.records:  # without readers, nobody is in torch's way
+    readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
+    if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
         tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
     save_streaming(model, shards, maps)
 
 
-def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
+def watch_uses(cache: ExpertCache | SliceCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
     """Pin experts and count their uses as the options say. Raises `ConfigError` for a profile of another model."""
     pins = options.pin_after is not None or options.profile is not None
     if not (pins or options.record_profile):
         return
     layers, experts, fingerprint = cache.store.layers, cache.store.experts, shards.fingerprint()
-    if pins:
+    if pins and isinstance(cache, ExpertCache):
         known = None if options.profile is None else load_profile(options.profile, layers, experts, fingerprint)
         cache.pinning = WarmPinning(
             cache.core, layers, experts, plan.slots, plan.workload.top_k, options.pin_after, known
@@ -460,6 +474,8 @@ def plan_for(
         kv_nbytes=kv,
         context=options.context,
         workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
+        slice_nbytes=slice_nbytes(maps),
+        slices_reread=any(m.is_transposed for m in maps),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)
@@ -493,6 +509,23 @@ def budgets(options: Options, device: torch.device) -> Machine:
     if options.device_memory is None:
         return Machine(host, default_device_nbytes(device))
     return Machine(host, parse_size(options.device_memory, "device_memory"))
+
+
+def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: Plan, options: Options) -> SliceCache:
+    """Buffers for slices by a plan without slots. Raises `ConfigError` for options that need a cache."""
+    assert plan.chunks is not None
+    asked: dict[str, Any] = {
+        "pin_after": options.pin_after,
+        "profile": options.profile,
+        "record_events": options.record_events or None,
+    }
+    asked["cpu_experts"] = None if options.cpu_experts == "off" else options.cpu_experts
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(f"{name}: not without a slot; {plan.advice}")
+    cache = open_slices(store, modules, plan.chunks, options.readers)
+    warnings.warn(plan.advice, RuntimeWarning, stacklevel=2)
+    return cache
 
 
 def build_cache(

@@ -15,6 +15,7 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     links              per link: bytes, copies, busy_seconds (summed over its threads), bytes_per_busy_second
     seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
                        experts' math), decide (residency core and queues)
+    chunks             only where no expert fits a slot: buffers, buffer_bytes, slices_per_expert (at most)
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
@@ -74,7 +75,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_row("decode", f"{speed['decode_tokens_per_second']:.2f} tokens/s", f"{speed['new_tokens']} tokens")
     table.add_row("prefill", f"{speed['prefill_tokens_per_second']:.2f} tokens/s", f"{speed['prompt_tokens']} tokens")
     table.add_row("first token", f"{speed['first_token_seconds']:.2f} s", f"after {seconds['load']:.1f} s of loading")
-    for tier, planned in zip(result["tiers"], plan["tiers"], strict=True):
+    if "chunks" in result:
+        table.add_row(*_chunks_row(result["chunks"], result["tiers"][0]))
+    for tier, planned in [] if "chunks" in result else zip(result["tiers"], plan["tiers"], strict=True):
         hits, lates, misses = (sum(tier[kind]) for kind in ("hits", "lates", "misses"))
         table.add_row(
             f"{planned['name']} hit rate",
@@ -90,7 +93,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     if "pinning" in result:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
-        rate = f"{link['copies']} experts, {link['bytes_per_busy_second'] / 1e9:.2f} GB/s per busy thread"
+        what = "slices" if "chunks" in result else "experts"
+        rate = f"{link['copies']} {what}, {link['bytes_per_busy_second'] / 1e9:.2f} GB/s per busy thread"
         table.add_row(name, format_size(link["bytes"]), rate)
     table.add_row("experts from", result["store"]["kind"], result["store"]["path"])
     table.add_row("T_wait", f"{seconds['wait']:.2f} s", "nothing to compute, an expert on its way")
@@ -102,6 +106,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         if total and budget is not None:
             table.add_row(f"{place} memory", format_size(total), f"planned, of {format_size(budget)}")
     console.print(table)
+
+
+def _chunks_row(chunks: dict[str, Any], tier: dict[str, Any]) -> tuple[str, str, str]:
+    """How experts were streamed where there was no slot."""
+    text = f"of {format_size(chunks['buffer_bytes'])}; {sum(tier['misses'])} uses of experts, each read anew in up to "
+    return "buffers", str(chunks["buffers"]), text + f"{chunks['slices_per_expert']} slices: nothing is cached"
 
 
 def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:

@@ -106,6 +106,8 @@ def run(
     begin = time.perf_counter()
     with loaded(folder, console, verbose, **arguments) as lm:
         load_seconds = time.perf_counter() - begin
+        if lm.moetier.plan.chunks is not None:
+            warnings.append(lm.moetier.plan.advice)
         warnings += overruns(lm, inputs["input_ids"].shape[1] + max_new_tokens, context)
         for message in [] if quiet else warnings:
             say("warning", message)
