@@ -24,6 +24,8 @@ from typing import Any
 
 MIB = 1 << 20
 GIB = 1 << 30
+DEFAULT_THREADS = "default"  # what one gets without setting a number of threads anywhere
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -220,9 +222,8 @@ def run_child(script: Path, spec: dict[str, Any], folder: Path, group: MemoryGro
     command = [sys.executable, str(script), "--child", json.dumps(spec | {"out": str(out)})]
     if group is not None:
         command = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.procs), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": str(spec.get("threads", 1)), "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "w") as stderr:
-        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment)
+        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=child_environment(spec))
         peak = 0
         try:
             while child.poll() is None:
@@ -234,6 +235,19 @@ def run_child(script: Path, spec: dict[str, Any], folder: Path, group: MemoryGro
                 child.wait()
     result = json.loads(out.read_text()) if out.is_file() and child.returncode == 0 else None
     return result, Ended(child.returncode, log.read_text()[-2000:], peak)
+
+
+def child_environment(spec: dict[str, Any]) -> dict[str, str]:
+    """The environment of a child: its thread count (`threads`, or "default": none is set) and `source`, its engine."""
+    environment = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    threads = spec.get("threads", 1)
+    if threads != DEFAULT_THREADS:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if spec.get("source"):
+        paths = [str(spec["source"]), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
 
 
 def drop_page_cache() -> bool:
