@@ -29,7 +29,7 @@ from decode_report import disk_summary, tables, update_docs
 from engines import source_of
 from readpath import shards_of
 from report import ROOT, say, size, write_json
-from tasks import SHARES, child
+from tasks import SCRIPT, SHARES
 
 ARMS = (
     "memory",
@@ -57,8 +57,8 @@ class Benchmark:
         length = args.prompt + args.warm_up + args.tokens
         packed = self.folder.with_name(self.folder.name + "-packed")
         self.options = {} if args.prefetch is None else {"prefetch": args.prefetch}
-        if args.store == "packed":
-            self.options["store"] = str(packed)
+        if args.store is not None:
+            self.options["store"] = {"packed": str(packed), "checkpoint": "none"}[args.store]
         self.spec = {
             "folder": str(self.folder),
             "offload": str(self.folder.with_name(self.folder.name + "-accelerate")),
@@ -81,7 +81,7 @@ class Benchmark:
 
     def task(self, task: str, **more: Any) -> Any:
         """A child without a limit, which must succeed."""
-        result, ended = common.run_child(Path(__file__).resolve(), self.spec | {"task": task} | more, self.work)
+        result, ended = common.run_child(SCRIPT, self.spec | {"task": task} | more, self.work)
         if result is None:
             raise SystemExit(f"{task}: failed with exit status {ended.returncode}\n{ended.stderr}")
         return result
@@ -159,7 +159,7 @@ class Benchmark:
             group: MemoryGroup | None = None
             if self.args.memory_limit != "none":  # without a limit the group still measures
                 group = stack.enter_context(common.memory_group(limit if limit is not None else 1 << 50))
-            result, ended = common.run_child(Path(__file__).resolve(), self.spec | more, self.work, group)
+            result, ended = common.run_child(SCRIPT, self.spec | more, self.work, group)
             stats = group.stats() if group is not None else None
         run: dict[str, Any] = {"arm": arm, "threads": threads, "limit": limit, "cache_dropped": dropped}
         run |= {"cgroup": stats, "peak_anon": ended.peak_anon}
@@ -267,7 +267,7 @@ def parse() -> argparse.Namespace:
     add("--prefill", type=int, default=512, help="tokens of the separate prefill runs; 0 for none")
     add("--prefill-arms", nargs="+", choices=(*ARMS, *OTHER_ARMS), default=list(PREFILL_ARMS), metavar="ARM")
     add("--seed", type=int, default=0, help="of the text")
-    add("--store", choices=("checkpoint", "packed"), default="checkpoint", help="what moetier reads")
+    add("--store", choices=("checkpoint", "packed"), help="what moetier reads; by default what it finds")
     add("--prefetch", help="moetier's option of that name: off, auto, or a predictor; by default its own default")
     add("--time-core", action="store_true", help="also time the residency core (costs some time itself)")
     add("--memory-limit", default="auto", help="auto (by moetier's plan), none, or bytes for the 25, 50 and 75 %% arms")
@@ -279,7 +279,6 @@ def parse() -> argparse.Namespace:
     add("--no-skew", action="store_true", help="skip the routing measurement")
     add("--smoke", action="store_true", help="a tiny model and few tokens: do all arms run?")
     add("--update-docs", type=Path, metavar="JSON", help="write results into docs/benchmarks.md and draw the plot")
-    add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.smoke:
         args.prompt, args.warm_up, args.tokens, args.repeat = 16, 2, 4, 1
@@ -291,11 +290,9 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """A child's work, the docs, or everything."""
+    """The docs, or everything."""
     args = parse()
-    if args.child:
-        child(args.child)
-    elif args.update_docs:
+    if args.update_docs:
         update_docs(json.loads(args.update_docs.read_text()))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child and removes its control group

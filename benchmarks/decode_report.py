@@ -307,7 +307,7 @@ def machine_text(found: dict[str, Any]) -> str:
     """The machine and the settings."""
     machine, settings = found["machine"], found["settings"]
     dropped = all(run["cache_dropped"] for run in found["runs"])
-    extra = [f"moetier's store: {settings['store']}"] if settings.get("store", "checkpoint") != "checkpoint" else []
+    extra = [f"moetier's store: {settings['store']}"] if settings.get("store") else []
     extra += [f"moetier's prefetch: {settings['prefetch']}"] if settings.get("prefetch") else []
     return (
         f"{machine_line(machine)}. {settings['prompt']} prompt tokens, "

@@ -22,6 +22,7 @@ import common
 from arms import ENGINES, Spec
 from common import DEFAULT_THREADS, Shape
 
+SCRIPT = Path(__file__).resolve()  # what `common.run_child` runs
 SHARES = (25, 50, 75, 100)
 
 
@@ -54,7 +55,8 @@ def run_arm(spec: Spec, run: Any) -> dict[str, Any]:
         result["plan_nbytes"] = tiered.plan.host_total_nbytes
         result["slots"] = tiered.plan.slots
         result["direct_io"] = getattr(tiered.cache.store, "direct", None)
-        result["prefetch"] = tiered.stats().get("prefetch")
+        result["store"] = type(tiered.cache.store).__name__
+        result["prefetches"] = tiered.stats().get("prefetches")
         tiered.close()
     return result
 
@@ -296,3 +298,7 @@ def child(text: str) -> None:
         torch.set_num_interop_threads(1)
     result = TASKS[spec["task"]](spec)
     Path(spec["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    child(sys.argv[2])
