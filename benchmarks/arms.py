@@ -15,7 +15,7 @@ from typing import Any
 Spec = dict[str, Any]
 
 ENGINES = ("moetier", "foundation")  # kinds that load this repository's library, today's or a former one
-PEERS = ("accelerate", "mmap", "mmap-fused")
+PEERS = ("accelerate", "mmap", "mmap-fused", "llamacpp")  # llamacpp.py loads and runs the last one
 KINDS = ("memory", *ENGINES, *PEERS)
 
 

@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-from arms import ENGINES, split
+import llamacpp
+from arms import ENGINES, PEERS, split
 from common import BIG, DEFAULT_THREADS, GIB, MIB, TINY, Ended, MemoryGroup, NoMemoryGroup
 from decode_report import disk_summary, tables, update_docs
 from engines import source_of
@@ -35,11 +36,11 @@ ARMS = (
     "memory",
     *(f"moetier-{share}" for share in SHARES),
     *(f"{kind}-{share}" for share in (25, 50) for kind in ("foundation",)),
-    *(f"{kind}-50" for kind in ("mmap", "mmap-fused", "accelerate")),
+    *(f"{kind}-50" for kind in PEERS if kind != "llamacpp" or llamacpp.installed()),
 )
 OTHER_ARMS = (
     *(f"foundation-{share}" for share in (75, 100)),
-    *(f"{kind}-{share}" for share in (25, 75) for kind in ("mmap", "mmap-fused", "accelerate")),
+    *(f"{kind}-{share}" for share in (25, 50, 75) for kind in PEERS if f"{kind}-{share}" not in ARMS),
 )
 PREFILL_ARMS = ("memory", "moetier-25", "foundation-25")
 WITH_DEFAULTS = ("memory", *ENGINES)  # what is also run without any setting of threads
@@ -63,6 +64,7 @@ class Benchmark:
             "folder": str(self.folder),
             "offload": str(self.folder.with_name(self.folder.name + "-accelerate")),
             "packed": str(packed),
+            "gguf": str(self.folder.with_suffix(".gguf")),
             "source": str(ROOT / "src"),
             "prompt": args.prompt,
             "warm_up": args.warm_up,
@@ -92,11 +94,9 @@ class Benchmark:
         say(f"checkpoint: {self.folder}")
         self.task("make", shape=asdict(self.shape))
         if kinds & {"accelerate", "mmap-fused"}:
-            index = Path(self.spec["offload"]) / "offload.json"
-            shape = self.folder / "shape.json"
-            if not index.is_file() or index.stat().st_mtime < shape.stat().st_mtime:
-                say("accelerate's offload folder")
-                self.task("offload")
+            self.make_once("offload", Path(self.spec["offload"]) / "offload.json", "accelerate's offload folder")
+        if "llamacpp" in kinds:
+            self.make_once("gguf", Path(self.spec["gguf"]), "llama.cpp's file")
         if self.args.store == "packed":
             say("the packed store")
             self.task("pack")
@@ -111,6 +111,12 @@ class Benchmark:
         if not self.args.no_skew:
             self.found["skew"] = self.task("skew")
             say(f"routing: {self.found['skew']}")
+
+    def make_once(self, task: str, file: Path, name: str) -> None:
+        """Have a task make a file, unless it is there and newer than the checkpoint."""
+        if not file.is_file() or file.stat().st_mtime < (self.folder / "shape.json").stat().st_mtime:
+            say(name)
+            self.task(task)
 
     def all_arms(self) -> list[str]:
         """Of decoding and of the prefills."""
@@ -265,7 +271,8 @@ def parse() -> argparse.Namespace:
     add("--warm-up", type=int, default=4, help="decoded tokens before the measured ones")
     add("--tokens", type=int, default=32, help="measured tokens")
     add("--prefill", type=int, default=512, help="tokens of the separate prefill runs; 0 for none")
-    add("--prefill-arms", nargs="+", choices=(*ARMS, *OTHER_ARMS), default=list(PREFILL_ARMS), metavar="ARM")
+    choices = [arm for arm in (*ARMS, *OTHER_ARMS) if split(arm)[0] != "llamacpp"]
+    add("--prefill-arms", nargs="+", choices=choices, default=list(PREFILL_ARMS), metavar="ARM")
     add("--seed", type=int, default=0, help="of the text")
     add("--store", choices=("checkpoint", "packed"), help="what moetier reads; by default what it finds")
     add("--prefetch", help="moetier's option of that name: off, auto, or a predictor; by default its own default")

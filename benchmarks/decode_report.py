@@ -34,6 +34,7 @@ def title(arm: str) -> str:
         "mmap": f"mapped shards, limit of moetier {share} %",
         "mmap-fused": f"mapped, experts stacked, limit of moetier {share} %",
         "accelerate": f"accelerate, limit of moetier {share} %",
+        "llamacpp": f"llama.cpp, limit of moetier {share} %",
     }[kind]
 
 
@@ -60,7 +61,7 @@ def compute_seconds(cells: Cells, arm: str, threads: Any) -> float | None:
 
 def over_bound(runs: list[Run], compute: float | None) -> float | None:
     """Step / max(compute, bytes read / the disk's bandwidth around that very run): the median over runs."""
-    if compute is None or any("engine" not in run or "bandwidth" not in run for run in runs):
+    if compute is None or not runs or any("engine" not in run or "bandwidth" not in run for run in runs):
         return None
     ratios = []
     for run in runs:
@@ -94,7 +95,7 @@ def decode_marks(cells: Cells, threads: Any) -> list[Mark]:
     found, label = [], threads_label(threads)
     compute = compute_seconds(cells, "memory", threads)
     for share, limit in ((50, 1.15), (25, 1.25)):
-        ratio = over_bound(cells.get((f"moetier-{share}", threads), []), compute) if compute else None
+        ratio = over_bound(cells.get((f"moetier-{share}", threads), []), compute)
         if ratio is not None:
             found.append(Mark(f"{share} % of the experts, {label}: step ÷ bound", ratio, limit))
     own = cells.get(("moetier-50", threads))
@@ -161,6 +162,7 @@ def speed_table(cells: Cells) -> str:
             medians.get((f"foundation-{share}", threads)),
             max(mapped, default=None),
             medians.get((f"accelerate-{share}", threads)),
+            medians.get((f"llamacpp-{share}", threads)),
         ]
         rows.append(
             [
@@ -173,7 +175,13 @@ def speed_table(cells: Cells) -> str:
             ]
         )
     head = ["arm", "threads", "memory limit", "decode, tokens/s (min–max)", "÷ in memory", "÷ foundation"]
-    head += ["÷ mapped, same limit", "÷ accelerate, same limit", "prefill, tokens/s", "read, MB/token"]
+    head += [
+        "÷ mapped, same limit",
+        "÷ accelerate, same limit",
+        "÷ llama.cpp, same limit",
+        "prefill, tokens/s",
+        "read, MB/token",
+    ]
     return table(head, rows)
 
 
@@ -359,7 +367,8 @@ def update_docs(found: dict[str, Any]) -> None:
     plot(found, PLOT)
 
 
-COLOURS = {"memory": "#7f8c8d", "moetier": "#1f77b4", "foundation": "#9ecae1", "accelerate": "#d98032"}
+COLOURS = {"memory": "#7f8c8d", "moetier": "#1f77b4", "foundation": "#9ecae1"}
+COLOURS |= {"accelerate": "#d98032", "llamacpp": "#4f9d69"}
 COLOURS |= dict.fromkeys(MAPPED, "#7b5ea7")
 
 

@@ -38,10 +38,6 @@ HALF = 50
 SHORT = 8  # measured tokens of a peer whose steps take most of a second
 
 
-class OutOfTime(Exception):
-    """The time budget does not allow another part."""
-
-
 class Benchmark:
     """The parts, in order of importance, and what they found."""
 
@@ -52,7 +48,6 @@ class Benchmark:
         self.shape = TINY if args.dry_run else MODEL
         self.device = torch.device("cpu" if args.dry_run else "cuda:0")
         self.begin = time.perf_counter()
-        self.steps: list[float] = []  # seconds of the parts so far
         length = args.prompt + args.warm_up + args.tokens
         self.tokens = common.make_tokens(self.shape, length, args.seed)
         self.found: dict[str, Any] = {
@@ -74,6 +69,7 @@ class Benchmark:
             self.part(f"moetier, {share} %", lambda share=share: self.run(f"moetier-{share}", self.loader(share)))
         self.part("accelerate", lambda: self.run(f"accelerate-{HALF}", self.load_accelerate, 1, SHORT))
         self.found["seconds"]["all"] = time.perf_counter() - self.begin
+        write_json(self.args.json, self.found)
         return self.found
 
     def part(self, name: str, call: Callable[[], None], needed: bool = False) -> None:

@@ -73,6 +73,8 @@ class ReadPath:
         before, begin = link.nbytes, time.perf_counter()
         self.next += -self.next % width
         while link.nbytes - before < nbytes:
+            if self.next % self.experts + width > self.experts:  # not over the end of a layer
+                self.next += -self.next % self.experts
             layer, first = divmod(self.next, self.experts)
             keys = tuple(ExpertKey(layer % self.layers, expert) for expert in range(first, first + width))
             self.next += width

@@ -19,6 +19,7 @@ from typing import Any
 
 import arms
 import common
+import llamacpp
 from arms import ENGINES, Spec
 from common import DEFAULT_THREADS, Shape
 
@@ -31,7 +32,7 @@ SHARES = (25, 50, 75, 100)
 
 def task_arm(spec: Spec) -> dict[str, Any]:
     """One run of one arm: prefill, warm-up, decode."""
-    return run_arm(spec, run_tokens)
+    return llamacpp.run(spec) if spec["kind"] == "llamacpp" else run_arm(spec, run_tokens)
 
 
 def task_prefill(spec: Spec) -> dict[str, Any]:
@@ -212,6 +213,12 @@ def task_offload(spec: Spec) -> dict[str, Any]:
     return {}
 
 
+def task_gguf(spec: Spec) -> dict[str, Any]:
+    """llama.cpp's file."""
+    llamacpp.write_gguf(Path(spec["folder"]), Path(spec["gguf"]))
+    return {}
+
+
 def task_pack(spec: Spec) -> dict[str, Any]:
     """The packed store, by moetier's own command; kept if it is there."""
     out = Path(spec["packed"])
@@ -284,14 +291,15 @@ def task_disk(spec: Spec) -> dict[str, Any]:
 
 
 TASKS = {name.removeprefix("task_"): task for name, task in globals().items() if name.startswith("task_")}
-UNTHREADED = ("make", "offload", "pack", "plan")
+UNTHREADED = ("make", "offload", "gguf", "pack", "plan")
 
 
 def child(text: str) -> None:
     """Do what the specification says, and write what was found."""
     spec = json.loads(text)
     threads = spec.get("threads", 1)
-    if spec["task"] not in UNTHREADED and threads != DEFAULT_THREADS:
+    other = spec["task"] in UNTHREADED or spec.get("kind") == "llamacpp"  # which has threads of its own, and no torch
+    if not other and threads != DEFAULT_THREADS:
         import torch
 
         torch.set_num_threads(threads if spec["task"] != "skew" else 2)
