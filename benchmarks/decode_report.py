@@ -339,6 +339,8 @@ def tables(found: dict[str, Any]) -> str:
     cells, prefills = by_cell(found["runs"]), by_cell(found.get("prefill_runs", []))
     parts = [machine_text(found)]
     goals = marks(found)
+    if found["settings"].get("smoke"):
+        parts.append("A smoke run: its speeds mean nothing.")
     if goals:
         parts.append(marks_table(goals))
     if cells:

@@ -119,6 +119,7 @@ def run(spec: Spec) -> dict[str, Any]:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = spec["gguf"]
     parameters.n_ctx, parameters.n_parallel = -(-spec["context"] // 256) * 256, 1
+    parameters.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_MMAP
     parameters.warmup = False  # it would read every expert
     parameters.cache_ram_mib = 0
     if spec["threads"] != common.DEFAULT_THREADS:
