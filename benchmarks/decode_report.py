@@ -395,7 +395,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(arms)), [f"{title(arm)}\n{limit_text(runs)}" for arm, runs in arms.items()], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.12 * max(max(rates(runs)) for runs in arms.values()))
-    axes.set_xlabel(f"decode, tokens/s, {threads_label(threads)} (median; whiskers: slowest and fastest run)")
+    axes.set_xlabel(f"tokens/s, {threads_label(threads)} (median; whiskers: all runs)")
     shape = found["shape"]
     axes.set_title(
         f"{shape['layers']} layers × {shape['experts']} experts, top {shape['top_k']}, "
