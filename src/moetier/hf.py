@@ -514,12 +514,12 @@ def budgets(options: Options, device: torch.device) -> Machine:
 def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: Plan, options: Options) -> SliceCache:
     """Buffers for slices by a plan without slots. Raises `ConfigError` for options that need a cache."""
     assert plan.chunks is not None
-    asked: dict[str, Any] = {
+    asked = {
         "pin_after": options.pin_after,
         "profile": options.profile,
         "record_events": options.record_events or None,
+        "cpu_experts": None if options.cpu_experts == "off" else options.cpu_experts,
     }
-    asked["cpu_experts"] = None if options.cpu_experts == "off" else options.cpu_experts
     for name, value in asked.items():
         if value is not None:
             raise ConfigError(f"{name}: not without a slot; {plan.advice}")

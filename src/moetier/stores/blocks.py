@@ -1,4 +1,4 @@
-"""Blocks of a field that are not a file's bytes as they are: rows are read aside, cast, and columns picked from them."""
+"""Blocks of a field that are not as a file has them: rows are read aside, cast, and columns picked from them."""
 
 from __future__ import annotations
 
