@@ -27,6 +27,7 @@ from moetier.cache import ExpertCache
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
+from moetier.levers import Levers
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.pinning import WarmPinning, load_profile
@@ -35,6 +36,7 @@ from moetier.policies import check_online, find_policy, make_admission, parse_po
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
+from moetier.routing import Lever
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
@@ -53,7 +55,8 @@ class Options:
     `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
     names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
-    `record_profile` counts uses for `model.moetier.profile()`.
+    `record_profile` counts uses for `model.moetier.profile()`. `cache_prior`, `keep_top`, `max_rank`, `max_mass` and
+    `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
     """
 
     device_memory: str | int | None = None
@@ -68,6 +71,16 @@ class Options:
     pin_after: int | None = None
     profile: str | None = None
     record_profile: bool = False
+    cache_prior: float = 0.0
+    keep_top: int | None = None
+    max_rank: int | None = None
+    max_mass: float | None = None
+    drop_misses: float = 0.0
+
+    @property
+    def levers(self) -> Levers:
+        """The lossy levers."""
+        return Levers(self.cache_prior, self.keep_top, self.max_rank, self.max_mass, self.drop_misses)
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
@@ -87,6 +100,7 @@ class Options:
             raise ConfigError(f"pin_after: at least 1 access is needed, got {self.pin_after}")
         if self.profile is not None:
             Profile.load(self.profile)
+        self.levers.check()
 
 
 @register_quantization_config(NAME)
@@ -124,6 +138,7 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self._recorder = recorder
         self._needs_mass = needs_mass
         self._clock = 0
@@ -143,11 +158,18 @@ class TieredExperts:
             )
         if self.watch is not None:
             self.watch(layer, index, weights, self._phase)
+        if self.lever is not None:
+            index, weights = self.lever.drop(layer, index, weights)
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
         return forward_from_leases(module, hidden, routing, self.cache.batches(access))
+
+    @property
+    def phase(self) -> Phase:
+        """Of the step that the model is in."""
+        return self._phase
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -164,7 +186,8 @@ class TieredExperts:
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
-        return self.cache.stats()
+        stats = self.cache.stats()
+        return stats if self.lever is None else {**stats, "levers": self.lever.report()}
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
@@ -375,6 +398,12 @@ def attach_cache(
     object.__setattr__(model, "moetier", tiered)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     save_streaming(model, shards, maps)
+    if options.levers.on:
+        try:
+            tiered.lever = Lever(model, options.levers)
+        except BaseException:
+            cache.close()
+            raise
 
 
 def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
