@@ -21,6 +21,7 @@ from moetier.predictors.routers import Routers, asking
 __all__ = ["Intercepted", "Scale"]
 
 _TRIAL_TOKENS = 33
+_CANNOT = "cache_prior, max_rank and max_mass cannot be used, its routers cannot be made to choose again"
 _SQUASHING = {"softmax", "sigmoid", "softplus", "tanh", "exp", "sqrt", "log_softmax"}
 
 
@@ -96,7 +97,7 @@ class Intercepted:
         try:
             routers = Routers(model)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(str(error).replace("next-gate", "choosing again")) from None
+            raise UnsupportedModelError(str(error).replace("next-gate cannot be bound", _CANNOT)) from None
         try:
             for layer in range(len(routers)):
                 self._bind(layer, routers)
@@ -182,10 +183,7 @@ class Intercepted:
             raise self._refusal(layer, "the weights that its router gives do not follow what it chooses")
 
     def _refusal(self, layer: int, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self._family}: its routers cannot choose again: MoE layer {layer}: {reason}; leave out cache_prior, "
-            "max_rank and max_mass"
-        )
+        return UnsupportedModelError(f"{self._family}: {_CANNOT}: MoE layer {layer}: {reason}")
 
 
 def _scale(ranked: torch.Tensor, squashed: set[str]) -> Scale:
@@ -210,21 +208,16 @@ def _ranked_first(ranked: torch.Tensor, own: torch.Tensor) -> tuple[torch.Tensor
 
 
 def _consistent(own: torch.Tensor, swapped: torch.Tensor, shifted: torch.Tensor, tolerance: float) -> bool:
-    """Whether the weights [T, K] of three choices come from one score per expert, over ranks
-    (0 … K-1), (0 … K-2, K) and (1 … K), and keep either their scale or their sum."""
-    top_k = own.shape[1]
+    """Whether the weights [T, K] of three choices come from one score per expert and a scale per token and choice.
+
+    The choices are the experts ranked (0 … K-1), (0 … K-2, K) and (1 … K).
+    """
+    if own.shape[1] == 1:
+        return True
 
     def close(a: torch.Tensor, b: torch.Tensor) -> bool:
         return bool(((a - b).abs() <= tolerance * torch.maximum(a.abs(), b.abs()) + 1e-9).all())
 
-    whole = [weights.sum(dim=1) for weights in (own, swapped, shifted)]
-    sums = close(whole[0], whole[1]) and close(whole[0], whole[2])
-    scale = close(own[:, :-1], swapped[:, :-1]) and close(own[:, 1:], shifted[:, :-1])
-    if not (sums or scale):
-        return False
-    if top_k == 1:
-        return True
     kept = close(own[:, :-1] * swapped[:, :1], swapped[:, :-1] * own[:, :1])
     kept = kept and close(own[:, 1:] * shifted[:, :1], shifted[:, :-1] * own[:, 1:2])
-    cycle = close(own[:, 0] * shifted[:, 0] * swapped[:, -1], own[:, 1] * shifted[:, -1] * swapped[:, 0])
-    return kept and cycle
+    return kept and close(own[:, 0] * shifted[:, 0] * swapped[:, -1], own[:, 1] * shifted[:, -1] * swapped[:, 0])

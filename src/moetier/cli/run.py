@@ -36,6 +36,11 @@ def run(
     io: o.IO = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
+    cache_prior: o.CachePrior = 0.0,
+    keep_top: o.KeepTop = None,
+    max_rank: o.MaxRank = None,
+    max_mass: o.MaxMass = None,
+    drop_misses: o.DropMisses = 0.0,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -86,6 +91,11 @@ def run(
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        cache_prior=cache_prior,
+        keep_top=keep_top,
+        max_rank=max_rank,
+        max_mass=max_mass,
+        drop_misses=drop_misses,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
