@@ -50,8 +50,8 @@ class _Rankings(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if _ranks(name, args, self.experts):
             self.count, self.ranked = self.count + 1, args[0]
-        elif self.ranked is None and name in _SQUASHING and result.shape[-1:] == (self.experts,):
-            self.squashed.add(name)
+        elif self.ranked is None and name in _SQUASHING and self.experts <= result.shape[-1] < 2 * self.experts:
+            self.squashed.add(name)  # some routers have scores for shared experts beside the others
         return result
 
 

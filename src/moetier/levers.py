@@ -13,6 +13,8 @@ from moetier.errors import ConfigError
 
 __all__ = ["Levers"]
 
+_SHARES = ("cache_prior", "max_mass", "drop_misses")  # numbers between 0 and 1
+
 
 @dataclass(frozen=True, slots=True)
 class Levers:
@@ -51,8 +53,9 @@ class Levers:
     def __str__(self) -> str:
         if not self.on:
             return "exact"
-        said = [f"{name}={value:g}" for name, value in self.to_dict().items() if value not in (None, 0.0)]
-        return ",".join(said)
+        off = Levers().to_dict()
+        said = {name: value for name, value in self.to_dict().items() if value != off[name]}
+        return ",".join(f"{name}={value:g}" if name in _SHARES else f"{name}={value}" for name, value in said.items())
 
     def to_dict(self) -> dict[str, float | int | None]:
         """All settings by name."""
@@ -60,12 +63,11 @@ class Levers:
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
-        for name in ("cache_prior", "drop_misses"):
-            _check_share(name, getattr(self, name))
-        if self.max_mass is not None:
-            _check_share("max_mass", self.max_mass)
-            if self.max_mass == 0:
-                raise ConfigError("max_mass: must be above 0; leave it out to set no bound")
+        for name in _SHARES:
+            if name != "max_mass" or self.max_mass is not None:
+                _check_share(name, getattr(self, name))
+        if self.max_mass == 0:
+            raise ConfigError("max_mass: must be above 0; leave it out to set no bound")
         for name, least in (("keep_top", 0), ("max_rank", 1)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
