@@ -14,6 +14,7 @@ from moetier.predictors import PREDICTORS
 MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "eventlog", "plan", "trace", "simulate"]
 MODULES += [
     "forecast",
+    "levers",
     "pinning",
     "profile",
     "stress",

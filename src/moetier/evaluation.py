@@ -21,6 +21,7 @@ import torch
 
 from moetier.errors import CheckpointError, ConfigError, StoreError, UnsupportedModelError
 from moetier.levers import Levers
+from moetier.routing import Lever
 
 __all__ = ["Outcome", "evaluate", "windows_of"]
 
@@ -87,13 +88,24 @@ def evaluate(
 ) -> Iterator[Outcome]:
     """Run the windows with the levers off, then with each of `settings`, and yield what came out.
 
-    `load` gives the tiered model with these levers, as a context that closes it. Raises `ConfigError` where a lever
-    does not fit the model, `UnsupportedModelError` where it cannot be bound.
+    `load` gives the tiered model with these levers, as a context that closes it. Before anything is run, raises
+    `ConfigError` where a setting does not fit the model, `UnsupportedModelError` where it cannot be bound.
     """
     with _Reference() as reference:
         for levers in (Levers(), *settings):
             with load(levers) as model:
+                if not reference.recorded:
+                    _try_on(model, settings)
                 yield _run(model, levers, windows, reference, progress)
+
+
+def _try_on(model: Any, settings: Sequence[Levers]) -> None:
+    """A setting that cannot be used is told before minutes are spent on those before it."""
+    for levers in settings:
+        try:
+            Lever(model, levers).close()
+        except ConfigError as error:
+            raise ConfigError(f"--try {levers}: {error}") from None
 
 
 def _run(
