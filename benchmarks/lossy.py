@@ -4,7 +4,7 @@
     python benchmarks/lossy.py TEXTS --smoke                                               # does it run? a minute
 
 TEXTS is a folder of plain texts (`*.txt`) that the model was not trained on; `scripts/collect_demo_text.py` marks such
-documents. Every text is a window of its own. Each setting starts with an empty cache; all are run one after the other in
+documents. Every text is a window of its own. Each setting starts with an empty cache; all are run one after another in
 one process. `--update-docs` without TEXTS rewrites the tables in docs/lossy.md from `--json`.
 """
 

@@ -148,9 +148,8 @@ def test_a_models_choices_and_weights(name: str, options: dict[str, Any], rows: 
 def test_the_mean_range_is_over_all_tokens_so_far(tiered: Any) -> None:
     model = tiered("mixtral", slots=4, cache_prior=0.5)
     lever: Lever = model.moetier.lever
-    lever._ranges[0], lever._seen[0] = None, 0
-    rows = [torch.tensor([[0.0, 4.0], [1.0, 2.0]]), torch.tensor([[0.0, 10.0]]), torch.tensor([[5.0, 5.0]])]
-    means = [float(lever._mean_range(0, row)) for row in rows]
+    rows = [[[0.0, 4.0], [1.0, 2.0]], [[0.0, 10.0]], [[5.0, 5.0]]]
+    means = [lever._mean_range(0, np.array(row, dtype=np.float32)) for row in rows]
     assert means == pytest.approx([2.5, 5.0, 3.75])
 
 
