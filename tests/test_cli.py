@@ -47,8 +47,8 @@ OPTIONS = {
         "--admission --cache-prior --chat --context --device --device-memory --do-sample --drop-misses --dtype "
         "--greedy --help --host-memory --io --keep-top --max-mass --max-new-tokens --max-rank --no-chat "
         "--pin-after --policy --profile --quiet --readers --repetition-penalty --revision --save-profile "
-        "--seed --slots --stats-json --system --temperature --threads --top-k --top-p --trust-remote-code "
-        "--verbose -h -q MODEL [PROMPT]"
+        "--seed --slots --split --stats-json --system --temperature --threads --top-k --top-p "
+        "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "
