@@ -81,7 +81,16 @@ def evaluate(
     from moetier.evaluation import windows_of
     from moetier.hf import Options
 
-    tiering = Options(device_memory, host_memory, slots, policy, admission, window, readers, io)  # type: ignore[arg-type]
+    tiering = Options(
+        device_memory=device_memory,
+        host_memory=host_memory,
+        slots=slots,
+        policy=policy,
+        admission=admission,
+        context=window,
+        readers=readers,
+        io=io,  # type: ignore[arg-type]
+    )
     tiering.check()
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
