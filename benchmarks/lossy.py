@@ -67,7 +67,8 @@ def run(texts: list[Path], tokens: int, settings: tuple[str, ...], threads: int,
     torch.set_num_threads(threads)
     torch.set_num_interop_threads(1)
     machine = common.machine_info(ROOT)
-    machine["command"] = f"lossy.py TEXTS --tokens {tokens}"
+    tries = "" if settings == SETTINGS else " --try " + " --try ".join(settings)
+    machine["command"] = f"lossy.py TEXTS --tokens {tokens}{tries}"
     found: dict[str, Any] = {
         "machine": machine,
         "settings": {"tokens": tokens, "threads": threads, "texts": [path.name for path in texts]},
@@ -104,7 +105,7 @@ def tables(found: dict[str, Any]) -> str:
         f"{first['predicted']:,} predicted tokens: the first {settings['tokens']} of each of {len(settings['texts'])} "
         f"held-out texts ({', '.join(domains)}). {machine['cpu']}, {settings['threads']} thread for math, torch "
         f"{machine['versions']['torch']}, transformers {machine['versions']['transformers']}; {machine['date'][:10]}, "
-        f"commit {machine['commit']}."
+        f"commit {machine['commit']}; `python benchmarks/{machine['command']}`."
     ]
     for share, rows in found["runs"].items():
         exact = rows[0]
@@ -146,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, nargs="?", help="folder of held-out texts; left out, nothing is run")
     parser.add_argument("--tokens", type=int, default=96, help="of each text")
+    parser.add_argument("--try", action="append", dest="settings", metavar="NAME=X,…", help="instead of all settings")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--update-docs", action="store_true", help="rewrite the tables in docs/lossy.md from --json")
@@ -159,7 +161,7 @@ def main() -> None:
             found = run(texts[:2], 16, SETTINGS[2::10], arguments.threads, None)
             print(tables(found))
         else:
-            run(texts, arguments.tokens, SETTINGS, arguments.threads, arguments.json)
+            run(texts, arguments.tokens, tuple(arguments.settings or SETTINGS), arguments.threads, arguments.json)
     if arguments.update_docs:
         if arguments.json is None or not arguments.json.is_file():
             parser.error("--update-docs needs --json with the results of a run")
