@@ -417,7 +417,7 @@ def attach_cache(
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
-    if device.type == "cpu":
+    if device.type == "cpu" and plan.slots < plan.workload.records:  # without readers, nobody is in torch's way
         tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
