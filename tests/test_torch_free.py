@@ -13,8 +13,10 @@ from moetier.predictors import PREDICTORS
 
 MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "eventlog", "plan", "trace", "simulate"]
 MODULES += [
+    "costs",
     "forecast",
     "levers",
+    "misses",
     "pinning",
     "profile",
     "stress",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ Fields = dict[str, torch.Tensor]
 Run = list[
     tuple[int, Fields]
 ]  # neighbouring experts: which of the access's experts, in ascending order, and its fields
+
+if TYPE_CHECKING:
+    from moetier.inplace import InPlace
 
 
 def per_expert_parameters(module: torch.nn.Module) -> list[str]:
@@ -38,6 +41,18 @@ def _linear(
     torch.mm(x, weight if is_transposed else weight.t(), out=out)
     if bias is not None:
         out.add_(bias)
+
+
+def _read(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, without holding up any stream but its own."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record(torch.cuda.current_stream(tensor.device))
+    there.synchronize()
+    return host
 
 
 class Routing:
@@ -57,11 +72,11 @@ class Routing:
         self.mass: tuple[float, ...] = ()
         gates = None
         if not with_mass:
-            experts = sorted_experts.cpu().numpy()
+            experts = _read(sorted_experts).numpy()
         elif index.device.type == "cpu":
             experts, gates = sorted_experts.numpy(), self.weights.detach().float().numpy()
         else:  # one copy: float64 holds both the ids and the weights exactly
-            experts, gates = torch.stack((sorted_experts.double(), self.weights.detach().double())).cpu().numpy()
+            experts, gates = _read(torch.stack((sorted_experts.double(), self.weights.detach().double()))).numpy()
         if len(experts):
             edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
             self.number = {expert: number for number, expert in enumerate(experts[edges[:-1]].tolist())}
@@ -85,15 +100,21 @@ def forward_from_leases(
     routing: Routing,
     batches: Iterable[Sequence[Lease]],
     crew: Crew | None = None,
+    in_place: InPlace | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
-    `crew`, the experts of a batch are shared among its threads.
+    `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
+    where there may be any.
     """
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
     math: _Math | None = None
     for batch in batches:
+        if batch[0].in_place:
+            assert in_place is not None
+            in_place.compute(batch)
+            continue
         if math is None:
             math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
@@ -103,12 +124,21 @@ def forward_from_leases(
         else:
             shares = _shares(runs, -(-len(batch) // (2 * crew.helpers + 2)))
             crew.run([partial(math.compute, share) for share in shares])
-    if math is None:  # no tokens
+    down = None if math is None else math.down
+    if in_place is not None:
+        down = in_place.deliver(down)
+    if down is None:  # no tokens
         return torch.zeros_like(hidden)
-    down = math.down
     if module.has_post_expert_norm:
         down = module.post_expert_norm(down)
     return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
+
+
+def expert_math(module: Any, rows: torch.Tensor, fields: Fields) -> torch.Tensor:
+    """One expert by itself, where its fields are: [n, H] → [n, H], without gate weights and norm."""
+    math = _Math(module, rows, fields, (len(rows),))
+    math.compute([(0, fields)])
+    return math.down
 
 
 class _Math:

@@ -36,6 +36,8 @@ def run(
     io: o.IO = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
+    store: o.Store = None,
+    cpu_experts: o.CPUExperts = "off",
     cache_prior: o.CachePrior = 0.0,
     keep_top: o.KeepTop = None,
     max_rank: o.MaxRank = None,
@@ -93,6 +95,8 @@ def run(
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        store=store,
+        cpu_experts=cpu_experts,
         cache_prior=cache_prior,
         keep_top=keep_top,
         max_rank=max_rank,
@@ -101,8 +105,9 @@ def run(
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
-    if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
-        warnings.append("device_memory is not used: the model computes on the CPU")
+    if device == "cpu" or not torch.cuda.is_available():
+        unused = {"device_memory": device_memory is not None, "cpu_experts": cpu_experts != "off"}
+        warnings += [f"{name} is not used: the model computes on the CPU" for name, given in unused.items() if given]
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     inputs = tokenise(tokenizer, text, system, chat)
