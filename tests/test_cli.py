@@ -44,11 +44,11 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --cpu-experts --device --device-memory --do-sample --dtype --greedy --help "
-        "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
-        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --store --system "
-        "--temperature "
-        "--threads --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
+        "--admission --cache-prior --chat --context --cpu-experts --device --device-memory --do-sample "
+        "--drop-misses --dtype --greedy --help --host-memory --io --keep-top --max-mass --max-new-tokens --max-rank "
+        "--no-chat --pin-after --policy --profile --quiet --readers --repetition-penalty --revision --save-profile "
+        "--seed --slots --split --stats-json --store --system --temperature --threads --top-k --top-p "
+        "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "
@@ -61,6 +61,11 @@ OPTIONS = {
     "demo": (
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
+    ),
+    "eval": (
+        "--admission --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
+        "--readers --revision --slots --text --threads --tokens --trust-remote-code --try --verbose --window "
+        "-h -q MODEL"
     ),
     "simulate": (
         "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "

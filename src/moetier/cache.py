@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -161,6 +161,11 @@ class ExpertCache:
         if self.pinning is not None:
             counters["pinning"] = self.pinning.report()
         return counters
+
+    def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
+        """Which of these are in the fastest tier, or on their way there."""
+        with self._condition:
+            return self.core.holding(keys)
 
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.

@@ -32,6 +32,7 @@ from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
 from moetier.inplace import InPlace
+from moetier.levers import Levers
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.misses import CPU_EXPERTS
@@ -42,6 +43,7 @@ from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.registry import find
 from moetier.residency import Residency
+from moetier.routing import Lever
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, slice_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
@@ -70,6 +72,8 @@ class Options:
     With a GPU, `cpu_experts` says which missing experts the
     CPU computes where they are: off, auto (as measured at load), always; other than off, outputs depend on timing in
     their last bits (docs/gpu.md).
+    `cache_prior`, `keep_top`, `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see
+    `moetier.levers.Levers`.
     """
 
     device_memory: str | int | None = None
@@ -87,6 +91,16 @@ class Options:
     record_profile: bool = False
     store: str | None = None
     cpu_experts: str = "off"
+    cache_prior: float = 0.0
+    keep_top: int | None = None
+    max_rank: int | None = None
+    max_mass: float | None = None
+    drop_misses: float = 0.0
+
+    @property
+    def levers(self) -> Levers:
+        """The lossy levers."""
+        return Levers(self.cache_prior, self.keep_top, self.max_rank, self.max_mass, self.drop_misses)
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
@@ -109,6 +123,7 @@ class Options:
             raise ConfigError(f"pin_after: at least 1 access is needed, got {self.pin_after}")
         if self.profile is not None:
             Profile.load(self.profile)
+        self.levers.check()
 
 
 @register_quantization_config(NAME)
@@ -146,6 +161,7 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self._one_thread = OneThread()
@@ -169,6 +185,8 @@ class TieredExperts:
             )
         if self.watch is not None:
             self.watch(layer, index, weights, self._phase)
+        if self.lever is not None:
+            index, weights = self.lever.drop(layer, index, weights)
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
@@ -178,6 +196,11 @@ class TieredExperts:
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small else None
         return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
+
+    @property
+    def phase(self) -> Phase:
+        """Of the step that the model is in."""
+        return self._phase
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -202,7 +225,8 @@ class TieredExperts:
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
-        return self.cache.stats()
+        stats = self.cache.stats()
+        return stats if self.lever is None else {**stats, "levers": self.lever.report()}
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
@@ -435,6 +459,12 @@ def attach_cache(
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
     save_streaming(model, shards, maps)
+    if options.levers.on:
+        try:
+            tiered.lever = Lever(model, options.levers)
+        except BaseException:
+            cache.close()
+            raise
 
 
 def watch_uses(cache: ExpertCache | SliceCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:

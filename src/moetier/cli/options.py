@@ -9,6 +9,7 @@ import typer
 from moetier.policies import ADMISSIONS, POLICIES
 
 _TIERS, _COMPUTE, _TEXT, _OUTPUT = "Experts and memory", "Model and machine", "Text", "Output"
+_LOSSY = "Lossy, off by default: fewer bytes read, another output (see moetier eval)"
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a Hugging Face hub id (owner/name).", metavar="MODEL")]
 
@@ -94,6 +95,45 @@ CPUExperts = Annotated[
         help="With a GPU, missing experts that the CPU computes: off, auto (as measured) or always. Other than off, "
         "outputs may differ in the last bits from run to run.",
         rich_help_panel=_TIERS,
+    ),
+]
+
+CachePrior = Annotated[
+    float,
+    typer.Option(
+        help="Raise the router's scores of experts in memory by this share of their range, 0 to 1.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
+    ),
+]
+KeepTop = Annotated[
+    int | None,
+    typer.Option(
+        help="The router's best experts that are always used. Default: 1 of up to 8 experts, else 2.",
+        metavar="N",
+        rich_help_panel=_LOSSY,
+    ),
+]
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Prefer experts in memory that are among the router's best N.", metavar="N", rich_help_panel=_LOSSY
+    ),
+]
+MaxMass = Annotated[
+    float | None,
+    typer.Option(
+        help="Prefer experts in memory that are among the best of this probability.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
+    ),
+]
+DropMisses = Annotated[
+    float,
+    typer.Option(
+        help="Do not load experts with less than this share of an even weight, 0 to 1.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
     ),
 ]
 

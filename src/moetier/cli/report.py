@@ -16,6 +16,8 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
                        experts' math), decide (residency core and queues)
     chunks             only where no expert fits a slot: buffers, buffer_bytes, slices_per_expert (at most)
+    levers             only with a lossy lever on: its settings, and of the decoding steps the (token, expert) pairs
+                       that the routers chose, those of them changed, and those dropped
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
@@ -29,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetier import __version__
+from moetier.levers import Levers
 from moetier.plan import Plan, format_size
 
 STATS_VERSION = 1
@@ -90,6 +93,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"of {plan['experts']} experts, {format_size(planned['bytes'])}; policy {tier['policy']}, "
             f"{tier['evictions']} evictions",
         )
+    if "levers" in result:
+        table.add_row(*_levers_row(result["levers"]))
     if "pinning" in result:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
@@ -112,6 +117,14 @@ def _chunks_row(chunks: dict[str, Any], tier: dict[str, Any]) -> tuple[str, str,
     """How experts were streamed where there was no slot."""
     text = f"of {format_size(chunks['buffer_bytes'])}; {sum(tier['misses'])} uses of experts, each read anew in up to "
     return "buffers", str(chunks["buffers"]), text + f"{chunks['slices_per_expert']} slices: nothing is cached"
+
+
+def _levers_row(levers: dict[str, Any]) -> tuple[str, str, str]:
+    """What the lossy levers did to the routers' choices."""
+    choices = max(1, levers["choices"])
+    settings = Levers(**{name: levers[name] for name in Levers().to_dict()})
+    said = f"{levers['changed']} changed, {levers['dropped']} dropped by {settings}: not the exact model"
+    return "routing kept", f"{100 - 100 * (levers['changed'] + levers['dropped']) / choices:.1f} %", said
 
 
 def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:

@@ -38,6 +38,11 @@ def run(
     profile: o.UseProfile = None,
     store: o.Store = None,
     cpu_experts: o.CPUExperts = "off",
+    cache_prior: o.CachePrior = 0.0,
+    keep_top: o.KeepTop = None,
+    max_rank: o.MaxRank = None,
+    max_mass: o.MaxMass = None,
+    drop_misses: o.DropMisses = 0.0,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -92,6 +97,11 @@ def run(
         record_profile=save_profile is not None,
         store=store,
         cpu_experts=cpu_experts,
+        cache_prior=cache_prior,
+        keep_top=keep_top,
+        max_rank=max_rank,
+        max_mass=max_mass,
+        drop_misses=drop_misses,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
