@@ -30,7 +30,7 @@ class Setting(NamedTuple):
     limit: int
 
 
-LADDER = (Setting(0.9, 1), Setting(0.75, 2), Setting(0.6, 4), Setting(0.45, 8))  # strictest first
+LADDER = (Setting(0.8, 1), Setting(0.65, 2), Setting(0.5, 4), Setting(0.35, 8))  # strictest first
 FIRST = 2  # rung of the first trial
 CALM = 2.0  # standard errors by which a loss must show
 FORGET = 0.5 ** (1 / 1024)  # per access, of what is known of a rung

@@ -1,7 +1,7 @@
 """Prefetching beside a running engine: predict, issue within a budget, keep the books, obey the controller.
 
-Sans-I/O and torch-free: the caller passes clock readings and serialises all calls but `predict`, which may take long and
-is called by each thread for itself. `ExpertCache` drives it, and the simulator's clock does. Nothing in here may end a
+Sans-I/O and torch-free: the caller passes clock readings and serialises all calls but `predict`, which may take long
+and is called by each thread for itself. `ExpertCache` drives it, and the simulator's clock does. Nothing in here may end a
 run: the first fault of its own ends prefetching, is logged once and reported.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moetier.access import Access, ExpertKey, Phase
 from moetier.predictors import Prediction, Predictor
+from moetier.predictors.reliability import Reliability, bins_of
 from moetier.prefetch import ranked
 from moetier.prefetch_control import Controller, Step
 from moetier.residency import Residency
@@ -27,6 +31,9 @@ __all__ = ["Prefetching"]
 
 _log = logging.getLogger("moetier")
 _STREAMS = 64  # threads whose predictors are kept
+_LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
+_WARMUP = 192  # accesses to learn what a prediction of a missing expert is worth
+_CANDIDATES = 16  # an access, at most
 
 
 @dataclass(slots=True)
@@ -50,6 +57,8 @@ class _Stream:
     regretted: int = 0
     kind: int = 0
     stage: int = -1  # of the controller at its begin; -1: its period does not count
+    expected: list[ExpertKey] = field(default_factory=list)  # missing experts that were predicted for the next layer
+    bins: NDArray[np.int64] | None = None  # of their probabilities
 
 
 class Prefetching:
@@ -70,7 +79,7 @@ class Prefetching:
         self.core, self.name = core, name
         self._make, self._nbytes = make, nbytes
         self._streams: dict[int, _Stream] = {get_ident(): _Stream(make())}
-        warmup = getattr(self._streams[get_ident()].predictor, "warmup", 0) * core.layers
+        warmup = max(_WARMUP, getattr(self._streams[get_ident()].predictor, "warmup", 0) * core.layers)
         self.controller = controller or Controller(window=-(-64 // core.layers) * core.layers, warmup=warmup)
         self.withdraw: Callable[[Iterable[int]], list[int]] = lambda copy_ids: []
         self.error: Exception | None = None  # the fault that ended prefetching
@@ -81,6 +90,7 @@ class Prefetching:
         self._at: list[set[ExpertKey]] = [set() for _ in range(core.layers)]  # keys of `_ahead`, by layer
         self._displaced: dict[ExpertKey, ExpertKey] = {}  # victim -> the prefetched expert that took its slot
         self._unreadable: set[ExpertKey] = set()  # only on demand from now on
+        self._worth = Reliability()  # how often a prediction of a missing expert comes true
         self._occupants: dict[int, ExpertKey] | None = None  # of tier 0, by slot, while prefetching
         self._loading = self._batch = 0  # demand loads under way; loads since the link was idle
         self._since = 0.0  # when it was
@@ -143,15 +153,13 @@ class Prefetching:
     def predict(self, access: Access) -> dict[ExpertKey, Prediction]:
         """What is likely to be wanted next. Called by the access's own thread, without the lock."""
         stream = self._streams.get(get_ident())
-        setting = self.controller.setting
         if stream is None or self.error is not None:
             return {}
         try:
             stream.predictor.observe(access)
             if access.phase is Phase.PREFILL:
                 return {}
-            least = 1.0 if setting is None else setting.confidence
-            return ranked(stream.predictor, access, self.core.layers, self.core.experts, least, (1,))
+            return ranked(stream.predictor, access, self.core.layers, self.core.experts, _LEAST, (1,))
         except Exception as error:  # whatever a third party's predictor raises
             self._fault(error)
             return {}
@@ -159,12 +167,20 @@ class Prefetching:
     def issue(self, wanted: dict[ExpertKey, Prediction], now: float) -> int:
         """Order what is worth it and fits the time until the next access; returns how many."""
         stream, setting = self._streams.get(get_ident()), self.controller.setting
-        if setting is None or stream is None or self.error is not None:
+        if stream is None or self.error is not None:
             return 0
         try:
-            keys = [key for key in wanted if not self.core.holds(key) and key not in self._unreadable]
-            budget = min(setting.limit, self._budget(stream, now)) if keys else 0
-            return sum(self._prefetch(key) for key in keys[:budget])
+            keys = [key for key in wanted if not self.core.holds(key) and key not in self._unreadable][:_CANDIDATES]
+            if not keys:
+                return 0
+            stream.expected = keys
+            stream.bins = bins_of(np.array([wanted[key].probability for key in keys]))
+            if setting is None:
+                return 0
+            worth = self._worth.probability(stream.bins).tolist()
+            budget = min(setting.limit, self._budget(stream, now))
+            likely = [key for key, chance in zip(keys, worth, strict=True) if chance >= setting.confidence]
+            return sum(self._prefetch(key) for key in likely[: max(0, budget)])
         except Exception as error:
             self._fault(error)
             return 0
@@ -210,6 +226,11 @@ class Prefetching:
         stream.layer, stream.begun = access.layer, now
         stream.stage = controller.stage if controller.measures and access.phase is Phase.DECODE else -1
         stream.kind = sum(access.tokens).bit_length()
+        if stream.bins is not None:
+            came = [number for number, key in enumerate(stream.expected) if key in access.keys]
+            if stream.expected[0].layer == access.layer:
+                self._worth.learn(stream.bins, np.array(came, np.int64))
+            stream.bins = None
         self._settle(access, stream)
         return controller.predicts
 
