@@ -32,14 +32,13 @@ class Setting(NamedTuple):
 
 LADDER = (Setting(0.8, 1), Setting(0.65, 2), Setting(0.5, 4), Setting(0.35, 8))  # strictest first
 FIRST = 2  # rung of the first trial
-CALM = 2.0  # standard errors by which a loss must show
-FORGET = 0.5 ** (1 / 1024)  # per access, of what is known of a rung
+FADE = 0.9  # per window, of what is known of a rung
 
 
 class State(StrEnum):
     """What the controller is doing."""
 
-    LEARNING = "learning"  # off, measuring the baseline
+    LEARNING = "learning"  # measuring the baseline without
     WARMING = "warming"  # the predictor learns; nothing is prefetched or measured
     TRIAL = "trial"  # on, nothing proven
     ON = "on"
@@ -58,16 +57,17 @@ class Step(NamedTuple):
 
 @dataclass
 class _Mean:
-    """Mean and spread, old values fading."""
+    """Mean and spread of values; each new one lets the old ones fade by `keep`."""
 
+    keep: float = 1.0
     count: float = 0.0
     total: float = 0.0
     squares: float = 0.0
 
-    def add(self, value: float, keep: float = FORGET) -> None:
-        self.count = self.count * keep + 1
-        self.total = self.total * keep + value
-        self.squares = self.squares * keep + value * value
+    def add(self, value: float) -> None:
+        self.count = self.count * self.keep + 1
+        self.total = self.total * self.keep + value
+        self.squares = self.squares * self.keep + value * value
 
     @property
     def mean(self) -> float:
@@ -75,10 +75,10 @@ class _Mean:
 
     @property
     def error(self) -> float:
-        """Standard error of the mean; infinite below 8 values."""
-        if self.count < 8:
+        """Standard error of the mean."""
+        if self.count < 2:
             return float("inf")
-        return sqrt(max(0.0, self.squares / self.count - self.mean**2) / self.count)
+        return sqrt(max(0.0, self.squares / self.count - self.mean**2) / (self.count - 1))
 
 
 class Baseline:
@@ -92,9 +92,9 @@ class Baseline:
     def learn(self, step: Step) -> None:
         """A period without prefetching."""
         cells = self._cells.setdefault(step.kind, {})
-        cell = cells.setdefault(step.misses, _Mean())
+        cell = cells.setdefault(step.misses, _Mean(0.98))
         usual = cell.mean if cell.count >= self.LEAST else step.seconds
-        cell.add(min(step.seconds, 4 * usual), 0.98)  # a pause of the machine is nobody's fault
+        cell.add(min(step.seconds, 4 * usual))  # a pause of the machine is nobody's fault
 
     def seconds(self, kind: int, misses: int) -> float | None:
         """P(m); between and beyond the counts that were seen, along a line. None if too little was seen."""
@@ -112,47 +112,50 @@ class Baseline:
 
 @dataclass
 class _Rung:
-    """What is known of a setting."""
+    """What is known of a setting: seconds per access, by window. The machine changes slowly, so that accesses of one
+    window are no independent witnesses, but windows between which the baseline is measured anew are."""
 
-    gained: _Mean = field(default_factory=_Mean)
-    paid: _Mean = field(default_factory=_Mean)
-    net: _Mean = field(default_factory=_Mean)
+    gained: _Mean = field(default_factory=lambda: _Mean(FADE))
+    paid: _Mean = field(default_factory=lambda: _Mean(FADE))
+    net: _Mean = field(default_factory=lambda: _Mean(FADE))
 
     @property
     def harms(self) -> bool:
-        return self.net.mean + CALM * self.net.error < 0
+        return self.net.count >= 1.5 and self.net.mean + self.net.error < 0
 
     @property
     def pays(self) -> bool:
-        return self.net.mean - self.net.error > 0
+        return self.net.count >= 2.5 and self.net.mean - self.net.error > 0
 
 
 class Controller:
     """Decides, window by window of `window` accesses, whether to prefetch and how boldly.
 
-    First two windows are measured without, then the ladder's middle is tried. A rung that shows a loss is left at once,
-    one whose gain does not show within `patience` windows then, for the next stricter one; the strictest for off. While
-    on, every `refresh`-th window measures without again, and half-way between a neighbouring rung is tried, kept if it
-    is better. While off nothing is measured and nothing predicted; after `rest` windows it is tried again, then after
-    twice as many, up to 64 times.
+    In a *trial* windows with and without prefetching alternate, from the ladder's middle on. A rung that shows a loss
+    is left at once, one whose gain does not show within `patience` windows then: for the next stricter one, or for off
+    if there is none, or nothing was gained to begin with. A rung that pays is *on*: every `refresh`-th window measures
+    without, and half-way between a neighbouring rung is tried, and kept if it is better. While *off* nothing is
+    measured and nothing predicted; after `rest` windows there is another trial, then after twice as many, up to 64
+    times. `warmup` accesses before the first trial are for a predictor that has to learn.
     """
 
-    def __init__(self, window: int = 64, patience: int = 4, refresh: int = 8, rest: int = 16, warmup: int = 0):
-        if min(window, patience, rest) < 1 or refresh < 2:
+    def __init__(self, window: int = 64, patience: int = 6, refresh: int = 8, rest: int = 16, warmup: int = 0):
+        if min(window, patience, rest) < 1 or refresh < 2 or warmup < 0:
             raise ValueError("a controller's window, patience and rest are at least 1, its refresh at least 2")
         self.window, self.patience, self.refresh = window, patience, refresh
         self.state = State.LEARNING
+        self.stage = 0  # goes up whenever state or setting may have changed
         self.baseline = Baseline()
         self.trials = self.changes = self.judged = 0
         self.gained = self.paid = 0.0  # seconds, over all accesses judged
         self._rungs = [_Rung() for _ in LADDER]
         self._rung = self._home = FIRST  # of the present window; the one to come back to
-        self._left = 2 * window
-        self._windows = 0  # with prefetching since the last measurement without
+        self._left = window
+        self._warmup = warmup
+        self._windows = 0  # with prefetching, since the trial began or the rung changed
         self._proven = self._bolder = False
         self._rest, self._first_rest = rest, rest
-        self._warmup = warmup
-        self.stage = 0  # goes up whenever the state or the setting may have changed
+        self._gained, self._paid = _Mean(), _Mean()  # of the present window
         self._why = "nothing is known yet"
 
     # -- what to do ---------------------------------------------------------------------------------------------------
@@ -174,12 +177,13 @@ class Controller:
 
     def words(self) -> str:
         """The decision and its reasons, for people."""
-        rung = self._rungs[self._rung]
+        rung = self._rungs[self._home]
+        state = State.OFF if self.state is State.OFF else State.ON if self._proven else State.TRIAL
         if not rung.net.count:
-            return f"{self.state}: {self._why}"
-        gained, paid = (f"{1e5 * mean.mean:.1f} ms" for mean in (rung.gained, rung.paid))
-        numbers = f"gained {gained}, cost {paid} per 100 accesses at p ≥ {LADDER[self._rung].confidence:g}"
-        return f"{self.state}: {numbers}" + (f"; {self._why}" if self.state is State.OFF else "")
+            return f"{state}: {self._why}"
+        gained, paid = (f"{1e5 * max(0.0, mean.mean):.1f} ms" for mean in (rung.gained, rung.paid))
+        numbers = f"cost {paid}, saved {gained} per 100 accesses at p ≥ {LADDER[self._home].confidence:g}"
+        return f"{state}: {numbers}" + (f"; {self._why}" if state is State.OFF else "")
 
     def report(self) -> dict[str, Any]:
         """The decision in numbers; seconds are sums over the accesses that were judged."""
@@ -206,10 +210,10 @@ class Controller:
 
     def record(self, step: Step, ahead: bool) -> None:
         """A period that is over; `ahead`: prefetching was on at its begin, with the present setting."""
-        if not 0 <= step.seconds < float("inf") or self.state is State.WARMING:
+        if not 0 <= step.seconds < float("inf"):
             return
         if not ahead:
-            if not step.spared:
+            if self.state is State.LEARNING and not step.spared:
                 self.baseline.learn(step)
             return
         now = self.baseline.seconds(step.kind, step.misses)
@@ -217,35 +221,41 @@ class Controller:
         if now is None or otherwise is None or self.setting is None:
             return
         period = min(step.seconds, 4 * max(now, otherwise))  # a pause of the machine is nobody's fault
-        rung = self._rungs[self._rung]
-        rung.gained.add(otherwise - now)
-        rung.paid.add(period - now)
-        rung.net.add(otherwise - period)
+        self._gained.add(otherwise - now)
+        self._paid.add(period - now)
         self.gained += otherwise - now
         self.paid += period - now
         self.judged += 1
-        if rung.net.count >= 16 and rung.harms:
-            self._turn()
+        count = self._paid.count
+        if count >= 16 and count % 8 == 0 and self._gained.mean + 0.2 * now < self._paid.mean - 3 * self._paid.error:
+            self._turn()  # so much worse that the window need not be waited for
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
     def _turn(self) -> None:
-        """A window is over, or the present one does harm."""
+        """A window is over, or the present one does great harm."""
         if self.state is State.OFF:
             self._go(State.LEARNING)
             self._rung = self._home = FIRST
             self._rungs = [_Rung() for _ in LADDER]
-            self._proven = False
+            self._windows = 0
         elif self.state is State.LEARNING and self._warmup:
             self._go(State.WARMING)
             self._left, self._warmup = self._warmup, 0
-        elif self.state in (State.LEARNING, State.WARMING):
-            self.trials += not self._proven
-            self._windows = 0
+        elif self.state is State.WARMING:
+            self._go(State.LEARNING)
+        elif self.state is State.LEARNING:
+            self.trials += not self._proven and not self._windows
             self._go(State.ON if self._proven else State.TRIAL)
         else:
             self._windows += 1
-            self._judge(self._rungs[self._rung])
+            rung = self._rungs[self._rung]
+            if self._paid.count >= self.window / 8:
+                rung.gained.add(self._gained.mean)
+                rung.paid.add(self._paid.mean)
+                rung.net.add(self._gained.mean - self._paid.mean)
+            self._judge(rung)
+        self._gained, self._paid = _Mean(), _Mean()
 
     def _judge(self, rung: _Rung) -> None:
         if self._rung != self._home:  # an excursion
@@ -256,10 +266,12 @@ class Controller:
         elif rung.harms or (not rung.pays and self._windows >= self.patience):
             self._retreat("it showed a loss" if rung.harms else "no gain showed")
         elif not rung.pays:
-            self._go(self.state)
+            self._go(State.LEARNING)
         else:
+            self._windows = 0 if not self._proven else self._windows
             self._proven, self._rest = True, self._first_rest
             if self._windows >= self.refresh:
+                self._windows = 0
                 self._go(State.LEARNING)
             else:
                 if self._windows == self.refresh // 2:
@@ -275,15 +287,17 @@ class Controller:
 
     def _retreat(self, why: str) -> None:
         """To the next stricter rung that is not known to do harm, or off."""
-        self._why, self._proven, self._windows = why, False, 0
-        stricter = [number for number in range(self._rung) if not self._rungs[number].harms]
+        self._why, self._windows = why, 0
+        gained = self._rungs[self._rung].gained.mean > 0
+        stricter = [number for number in range(self._rung) if gained and not self._rungs[number].harms]
         if stricter:
             self._rung = self._home = stricter[-1]
-            self._go(State.TRIAL)
+            self._go(State.LEARNING)
         else:
             self._go(State.OFF)
             self._left = self._rest * self.window
             self._rest = min(2 * self._rest, 64 * self._first_rest)
+        self._proven = False
 
     def _go(self, state: State) -> None:
         on = (State.TRIAL, State.ON)

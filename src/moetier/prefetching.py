@@ -1,8 +1,8 @@
 """Prefetching beside a running engine: predict, issue within a budget, keep the books, obey the controller.
 
 Sans-I/O and torch-free: the caller passes clock readings and serialises all calls but `predict`, which may take long
-and is called by each thread for itself. `ExpertCache` drives it, and the simulator's clock does. Nothing in here may end a
-run: the first fault of its own ends prefetching, is logged once and reported.
+and is called by each thread for itself. `ExpertCache` drives it, and the simulator's clock does. Nothing in here may
+end a run: the first fault of its own ends prefetching, is logged once and reported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moetier.access import Access, ExpertKey, Phase
 from moetier.predictors import Prediction, Predictor
 from moetier.predictors.reliability import Reliability, bins_of
 from moetier.prefetch import ranked
-from moetier.prefetch_control import Controller, Step
+from moetier.prefetch_control import Controller, Setting, Step
 from moetier.residency import Residency
 from moetier.tiers import Copy, Kind
 
@@ -177,10 +177,7 @@ class Prefetching:
             stream.bins = bins_of(np.array([wanted[key].probability for key in keys]))
             if setting is None:
                 return 0
-            worth = self._worth.probability(stream.bins).tolist()
-            budget = min(setting.limit, self._budget(stream, now))
-            likely = [key for key, chance in zip(keys, worth, strict=True) if chance >= setting.confidence]
-            return sum(self._prefetch(key) for key in likely[: max(0, budget)])
+            return self._issue(keys, self._worth.probability(stream.bins).tolist(), setting, self._room(stream, now))
         except Exception as error:
             self._fault(error)
             return 0
@@ -276,21 +273,31 @@ class Prefetching:
 
     # -- a prefetch's life --------------------------------------------------------------------------------------------
 
-    def _budget(self, stream: _Stream, now: float) -> int:
+    def _room(self, stream: _Stream, now: float) -> float:
         """How many records the link can read before the next access, beside what it has to read already."""
         period, each = self.controller.baseline.seconds(stream.kind, stream.misses), self._load_seconds
         under_way = sum(not ahead.landed for ahead in self._ahead.values())
         if period is None or not each:
-            return 1 - under_way
+            return 1.0 - under_way
         idle = period - max(stream.misses * each, now - stream.begun)
-        return int(idle / each + 0.5) - under_way
+        return idle / each - under_way
+
+    def _issue(self, keys: list[ExpertKey], chances: list[float], setting: Setting, room: float) -> int:
+        """Likeliest first, while there is room. One that will be half-way when its access comes saves the other half
+        of a read, or else costs the access the rest of it: it must be the likelier the less of it fits."""
+        issued = 0
+        for key, chance in zip(keys, chances, strict=True):
+            if issued >= setting.limit or chance < setting.confidence or chance <= 1 - (room - issued):
+                break
+            issued += self._prefetch(key)
+        self.issued += issued
+        return issued
 
     def _prefetch(self, key: ExpertKey) -> bool:
         if key in self._ahead:  # evicted meanwhile
             self._waste(key)
         if not self.core.prefetch(key, True):
             return False
-        self.issued += 1
         slot = self.core.place(key).slot
         victim = None if self._occupants is None else self._occupants.get(slot)
         if victim is not None and self.core.holds(victim):
