@@ -84,7 +84,7 @@ class _Mean:
 class Baseline:
     """P(m): the mean period of an access with m misses when nothing is prefetched, by kind of access."""
 
-    LEAST = 4  # values before a mean counts
+    LEAST = 3  # values, nearly, before a mean counts
 
     def __init__(self) -> None:
         self._cells: dict[int, dict[int, _Mean]] = {}
@@ -121,7 +121,7 @@ class _Rung:
 
     @property
     def harms(self) -> bool:
-        return self.net.count >= 1.5 and self.net.mean + self.net.error < 0
+        return self.net.count >= 2.5 and self.net.mean + self.net.error < 0
 
     @property
     def pays(self) -> bool:
@@ -204,9 +204,9 @@ class Controller:
 
     def passed(self) -> None:
         """An access begins, measured or not."""
-        self._left -= 1
-        if self._left < 0:
+        if self._left <= 0:
             self._turn()
+        self._left -= 1
 
     def record(self, step: Step, ahead: bool) -> None:
         """A period that is over; `ahead`: prefetching was on at its begin, with the present setting."""
