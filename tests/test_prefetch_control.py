@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -90,7 +91,7 @@ def test_trials_become_rare_when_they_fail() -> None:
     for _ in range(4):
         machine.run(controller, 5_000)
         trials.append(controller.trials)
-    gaps = [b - a for a, b in zip(trials, trials[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(trials)]
     assert trials[0] >= 3 and gaps[-1] <= 3 < trials[0] + gaps[0]
 
 

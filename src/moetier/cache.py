@@ -26,7 +26,7 @@ from moetier.tiers import Ticket
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
     from moetier.pinning import WarmPinning
-    from moetier.prefetching import Prefetching
+    from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
 
 

@@ -1,7 +1,7 @@
 """Which predictor a loaded model gets, and its binding to the model's routers.
 
 `auto` is next-gate where the model's routers can be asked on their own, else `mix`. Knows nothing of budgets or of
-whether prefetching pays: that is `prefetching` and `prefetch_control`.
+whether prefetching pays: that is `prefetch_engine` and `prefetch_control`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from moetier.errors import ConfigError, UnsupportedModelError
 from moetier.predictors import Predictor, make_predictor
 from moetier.predictors.next_gate import NextGate
-from moetier.prefetching import Prefetching
+from moetier.prefetch_engine import Prefetching
 
 __all__ = ["AUTO", "OFF", "attach_prefetching", "check_prefetch"]
 

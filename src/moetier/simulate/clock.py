@@ -16,7 +16,7 @@ from moetier.errors import ConfigError, MoetierError
 from moetier.pinning import WarmPinning
 from moetier.predictors import make_predictor
 from moetier.prefetch import Prefetcher
-from moetier.prefetching import Prefetching
+from moetier.prefetch_engine import Prefetching
 from moetier.residency import Residency
 from moetier.simulate.config import Result, SimulationConfig
 from moetier.simulate.links import INSTANT, VirtualLink, VirtualMover
@@ -211,7 +211,7 @@ class Clock:
         mover.run_until(self._now)
         told = set()
         while mover.done:
-            (number, copy_id), when = mover.done.popleft()
+            (number, copy_id), when = mover.done.popleft(), mover.times.popleft()
             self.caches[number].completed(copy_id)
             if self._prefetching is not None:
                 self._prefetching.ended(self._started.pop(copy_id), True, when)

@@ -88,7 +88,8 @@ class VirtualMover:
         self._h2d = VirtualLink("h2d", timing.h2d, size)
         self._d2h = VirtualLink("d2h", timing.d2h, size)
         self.links = (self._disk_read, self._disk_write, self._h2d, self._d2h)
-        self.done: deque[tuple[Order, float]] = deque()  # copies that have ended, in order, and when
+        self.done: deque[Order] = deque()  # copies that have ended, in order
+        self.times: deque[float] = deque()  # when they did
         self._home = tiers
         self._events: list[tuple[float, int, VirtualLink, Flight]] = []
         self._begun = 0
@@ -130,7 +131,8 @@ class VirtualMover:
                 following.demand.append(flight)
                 self._begin(following, time)
             else:
-                self.done.append((flight.order, time))
+                self.done.append(flight.order)
+                self.times.append(time)
             self._begin(link, time)
 
     @property

@@ -17,9 +17,9 @@ from moetier.eventlog import replay
 from moetier.predictors import PREDICTORS, Prediction
 from moetier.prefetch_binding import check_prefetch
 from moetier.prefetch_control import Controller, State
-from moetier.prefetching import Prefetching
+from moetier.prefetch_engine import Prefetching
 from test_cache import EXPERTS, LAYERS, LAYOUT, Run, together
-from test_prefetching import Always
+from test_prefetch_books import Always
 
 Get = Callable[..., Any]
 NAME = "qwen3_moe"  # 3 layers of 8 experts, 3 of them per token
@@ -85,7 +85,7 @@ def texts(model: Any, seed: int = 0, steps: int = 8) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("slots", [1, 4, 9, 20])
-@pytest.mark.parametrize("predictor", [*USABLE, "test_prefetching_engine:Guess"])
+@pytest.mark.parametrize("predictor", [*USABLE, "test_prefetch_engine:Guess"])
 def test_the_output_does_not_depend_on_prefetching(predictor: str, slots: int, plain: Get, tiered: Get) -> None:
     expected = texts(plain(NAME))
     model = tiered(NAME, slots=slots, prefetch=predictor, record_events=True)
@@ -104,7 +104,7 @@ def test_the_output_does_not_depend_on_prefetching(predictor: str, slots: int, p
 
 
 def test_faults_of_the_predictor_and_of_reads_ahead_never_show(plain: Get, tiered: Get) -> None:
-    model = tiered(NAME, slots=9, prefetch="test_prefetching_engine:Guess")
+    model = tiered(NAME, slots=9, prefetch="test_prefetch_engine:Guess")
     always(model.moetier.cache.prefetching)
     failed = slow(model, seed=1, fail=0.5)
     for seed in range(3):
