@@ -45,7 +45,7 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 OPTIONS = {
     "run": (
         "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
-        "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
+        "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --prefetch --profile --quiet --readers "
         "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --system --temperature "
         "--threads --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
@@ -55,13 +55,13 @@ OPTIONS = {
         "MODEL"
     ),
     "demo": (
-        "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
+        "--help --max-new-tokens --pin-after --policy --prefetch --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
     ),
     "simulate": (
         "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
         "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms "
-        "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace "
+        "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-control --prefetch-displace "
         "--prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging "
         "--warm-pinning -h -j -o -q TRACES"
     ),

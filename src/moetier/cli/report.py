@@ -14,8 +14,8 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     links              per link: bytes, copies, busy_seconds (summed over its threads), bytes_per_busy_second
     seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
                        experts' math), decide (residency core and queues)
-    prefetches         what `moetier.prefetch_engine.Prefetching.report` says; with --prefetch off, and where every expert
-                       has a slot, only issued, useful, late and wasted, all 0
+    prefetches         what `moetier.prefetch_engine.Prefetching.report` says; with --prefetch off, and where every
+                       expert has a slot, only issued, useful, late and wasted, all 0
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.

@@ -144,8 +144,8 @@ def _check(config: SimulationConfig, parts: int) -> None:
         raise ConfigError(f"admission {config.admission!r} needs staging slots; give staging, of `slots`")
     if config.host_policy is not None and config.host_slots is None:
         raise ConfigError("host_policy is of the second tier; give host_slots too")
-    if config.predictor is None and config.prefetch_displace:
-        raise ConfigError("prefetch_displace does nothing without a predictor")
+    if config.predictor is None and (config.prefetch_displace or config.prefetch_control):
+        raise ConfigError("prefetch_displace and prefetch_control do nothing without a predictor")
     if config.floor and parts > 1:
         raise ConfigError("floor is for scope global: with scope layer no layer can displace another's records")
     if config.timing is not None and config.semantics == "sequential":
