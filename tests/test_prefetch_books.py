@@ -160,19 +160,16 @@ def test_wasted_when_evicted_unused() -> None:
 
 
 def test_a_victim_that_is_wanted_while_the_useless_one_sits_there_is_regretted() -> None:
-    bench = Bench(2, [], [(2, 0, SURE)], [], [])
-    bench.serve(0, 0)
-    bench.serve(1, 0)  # prefetches (2, 0) over (0, 0)
-    bench.serve(0, 0)
-    bench.serve(1, 1)
-    assert bench.controller.steps[-1].regretted == 1
-    bench = Bench(2, [], [(2, 0, SURE)], [], [])
-    bench.serve(0, 0)
-    bench.serve(1, 0)
-    bench.serve(2, 0)  # it was of use: without it the load would have displaced the same one
-    bench.serve(0, 0)
-    bench.serve(1, 1)
-    assert bench.controller.steps[-1].regretted == 0
+    for wanted, regretted in ((0, 1), (1, 0)):  # of use: without it the load would have displaced the same one
+        bench = Bench(2, [], [], [(1, 1, SURE)])
+        bench.serve(0, 0)
+        bench.serve(1, 0)
+        bench.serve(0)  # the next round: prefetches (1, 1) over (0, 0)
+        assert bench.core.residents() == {(1, 0), (1, 1)}
+        bench.serve(1, wanted)
+        bench.serve(0, 0)
+        bench.serve(1, 0)
+        assert bench.controller.steps[-1].regretted == regretted
 
 
 def test_a_failed_prefetch_is_counted_forgiven_and_not_repeated() -> None:

@@ -231,6 +231,13 @@ class ExpertCache:
         if self.core.promoted:
             self.mover.promote(self.core.promoted)
             self.core.promoted.clear()
+        if self.core.obsolete:
+            withdrawn = self.mover.withdraw(self.core.obsolete)
+            self.core.obsolete.clear()
+            for copy_id in withdrawn:
+                self.core.cancelled(copy_id)
+            if withdrawn:  # their slots may serve somebody
+                self._start_orders()
 
     def _count(self, access: Access, hits: int) -> None:
         if self.profile is not None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
 from moetier.stores import ExpertStore, WritableStore
-from moetier.tiers import Copy, Kind
+from moetier.tiers import BACKGROUND, Copy, Kind
 
 
 class Flight:
@@ -66,7 +66,7 @@ class Link:
 
 
 class ThreadMover:
-    """Moves records home → host with a pool of readers and host → device with one copier, and changed ones home again.
+    """Moves records home → host with a pool of readers, host ↔ device with a copier each way, and changed ones home.
 
     The way home has links only where the store can be written; from a device it leads through a few bounce slots in
     host memory.
@@ -88,13 +88,13 @@ class ThreadMover:
         self._h2d = Link("host→device", 1, self._copy_to_device)
         self._d2h = Link("device→host", 1, self._copy_from_device, drains=True)
         self._write = Link("host→disk", writers, self._write_home, drains=True)
-        self.links = [self._disk] if device is None else [self._disk, self._h2d]
+        self.links = [self._disk] if device is None else [self._disk, self._h2d, self._d2h]
         self._writable = store if isinstance(store, WritableStore) else None
         self._bounce: HostArena | None = None
         self._bounce_free: list[int] = []
         self._bounce_condition = threading.Condition()
         if self._writable is not None:
-            self.links += [self._write] if device is None else [self._d2h, self._write]
+            self.links.append(self._write)
             if device is not None:
                 self._bounce = HostArena(writers + 1, store.slot_nbytes, host.page_locked)
                 self._bounce_free = list(range(writers + 1))
@@ -112,16 +112,16 @@ class ThreadMover:
                 self._start_write_back(copy)
                 continue
             from_home = copy.source.tier == self._home
-            link = self._disk if from_home else self._h2d
+            link = self._disk if from_home else self._d2h if copy.kind is Kind.DEMOTE else self._h2d
             flight = Flight(copy, self._store.segments(copy.key) if from_home else 1)
-            self._queue(link, flight, copy.kind is Kind.PREFETCH)
+            self._queue(link, flight, copy.kind in BACKGROUND)
 
     def _start_write_back(self, copy: Copy) -> None:
         if self._writable is None:
             flight = Flight(copy, 0)
             flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
             self._finish(flight)
-        elif self._device is not None:
+        elif self._device is not None and copy.source.tier == 0:
             self._queue(self._d2h, Flight(copy, 1))
         else:
             self._queue(self._write, Flight(copy, self._store.segments(copy.key)))
@@ -132,7 +132,7 @@ class ThreadMover:
             link.condition.notify(min(flight.parts, link.threads))
 
     def promote(self, copy_ids: Iterable[int]) -> None:
-        """Treat queued prefetches as demand loads from now on."""
+        """Treat queued background copies as demanded ones from now on."""
         wanted = set(copy_ids)
         for link in self.links:
             with link.condition:
@@ -141,14 +141,15 @@ class ThreadMover:
                     link.demand.append(flight)
 
     def withdraw(self, copy_ids: Iterable[int]) -> list[int]:
-        """Forget those of these prefetches that nobody has begun; they are not reported. Returns which."""
-        wanted, gone = set(copy_ids), []
-        for link in self.links if wanted else ():
+        """Drop those of the copies that nobody has begun, and say which. They are not reported any more."""
+        unwanted, withdrawn = set(copy_ids), []
+        for link in self.links:
             with link.condition:
-                for flight in [flight for flight in link.prefetch if flight.copy.id in wanted and not flight.next_part]:
-                    link.prefetch.remove(flight)
-                    gone.append(flight.copy.id)
-        return gone
+                for flight in [flight for flight in link.prefetch if flight.copy.id in unwanted]:
+                    if flight.next_part == 0:
+                        link.prefetch.remove(flight)
+                        withdrawn.append(flight.copy.id)
+        return withdrawn
 
     def close(self) -> None:
         """Stop the threads: loads after the copies they are in, write-backs when all that were ordered are done."""
@@ -212,7 +213,7 @@ class ThreadMover:
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
             flight.ended = begin + elapsed
-            if ended and link is self._d2h and flight.error is None:
+            if ended and link is self._d2h and flight.copy.kind is Kind.WRITE_BACK and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)
             elif ended:
@@ -243,8 +244,13 @@ class ThreadMover:
         return nbytes
 
     def _copy_from_device(self, flight: Flight, part: int) -> int:
-        assert self._device is not None and self._bounce is not None
+        assert self._device is not None
         copy, key = flight.copy, flight.copy.key
+        if copy.kind is Kind.DEMOTE:
+            nbytes = self._store.layout(key.layer).nbytes
+            self._device.save(copy.source.slot, self._host.record(copy.target.slot, self._store.phase(key), nbytes))
+            return nbytes
+        assert self._bounce is not None
         with self._bounce_condition:
             while not self._bounce_free:
                 self._bounce_condition.wait()

@@ -40,7 +40,6 @@ _CANDIDATES = 16  # an access, at most
 class _Ahead:
     """A prefetch that is not demanded yet."""
 
-    copies: set[int]  # orders that the mover got and has not ended
     victim: ExpertKey | None  # whose slot it took
     landed: bool = False
 
@@ -121,10 +120,7 @@ class Prefetching:
                 continue
             if self._occupants is not None and copy.target.tier == 0:
                 self._occupants[copy.target.slot] = copy.key
-            if copy.kind is Kind.PREFETCH:
-                if copy.key in self._ahead:
-                    self._ahead[copy.key].copies.add(copy.id)
-            elif copy.source.tier == home:
+            if copy.kind is Kind.LOAD and copy.source.tier == home:
                 if not self._loading:
                     self._since, self._batch = now, 0
                 self._loading += 1
@@ -140,7 +136,6 @@ class Prefetching:
         ahead = self._ahead.get(copy.key) if copy.kind is Kind.PREFETCH else None
         if ahead is None:
             return False
-        ahead.copies.discard(copy.id)
         if ok:
             ahead.landed = copy.target.tier == 0
             return False
@@ -302,7 +297,7 @@ class Prefetching:
         victim = None if self._occupants is None else self._occupants.get(slot)
         if victim is not None and self.core.holds(victim):
             victim = None
-        self._ahead[key] = _Ahead(set(), victim)
+        self._ahead[key] = _Ahead(victim)
         self._at[key.layer].add(key)
         if victim is not None:
             self._displaced[victim] = key
@@ -310,12 +305,11 @@ class Prefetching:
 
     def _cancel(self, key: ExpertKey) -> None:
         """Its access has come and does not want it: take it back unless it has begun."""
-        ahead = self._ahead[key]
-        taken_back = self.core.cancel(key)
-        for copy_id in [] if taken_back else self.withdraw(ahead.copies):
-            self.core.completed(copy_id, False)
-            taken_back = True
-        if taken_back and not self.core.holds(key):
+        if not self.core.cancel(key) and self.core.obsolete:  # the mover has it
+            for copy_id in self.withdraw(list(self.core.obsolete)):
+                self.core.cancelled(copy_id)
+            self.core.obsolete.clear()
+        if not self.core.holds(key):
             self.cancelled += 1
             self._forget(key)
 
