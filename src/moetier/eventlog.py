@@ -16,7 +16,7 @@ from typing import Any
 
 from moetier.access import Access, ExpertKey, Phase
 from moetier.errors import ConfigError, MoetierError, ReplayError
-from moetier.misses import Miss
+from moetier.misses import Miss, MissPolicy
 from moetier.residency import Residency
 from moetier.tiers import Copy, Ticket, TierConfig
 
@@ -248,6 +248,11 @@ class Recorder:
         """See `Residency.unpin`."""
         self._note(("unpin", key))
         self.core.unpin(key)
+
+    @property
+    def misses(self) -> MissPolicy | None:
+        """As `Residency.misses`."""
+        return self.core.misses
 
     @property
     def busy(self) -> bool:

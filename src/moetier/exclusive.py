@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from moetier.access import Access, ExpertKey
 from moetier.tiers import READY, STAGING, Entry, Kind, Room, Tier
+from moetier.victims import eligible, is_new, room_in
 
 if TYPE_CHECKING:
     from moetier.residency import Residency
@@ -59,13 +60,13 @@ class Exclusive:
         After them those that were chosen when the last access ended, and then, for a demand, those without a double:
         where all records fit only if there is no way to keep them.
         """
-        victims = self.core._eligible(self.upper, need, access, background)
+        victims = eligible(self.core, self.upper, need, access, background)
         free = [entry for entry in victims if entry.key in self.doubles or entry.dirty]
         if len(free) < need and self.ahead:
             chosen = {entry.key for entry in free}
             reserve = [key for key in sorted(self.ahead - chosen) if self._may_leave(key)]
             if background:
-                reserve = [key for key in reserve if not self.core._is_new(self.upper.entries[key])]
+                reserve = [key for key in reserve if not is_new(self.core, self.upper.entries[key])]
             free += [self.upper.entries[key] for key in reserve[: need - len(free)]]
         if background or len(free) >= need:
             return free
@@ -97,7 +98,7 @@ class Exclusive:
                 found += self._taken_back(above, len(found))
             if found or self._room_is_coming():
                 return found[:need]
-        found += self.core._eligible(self.lower, need - len(found), access, background)
+        found += eligible(self.core, self.lower, need - len(found), access, background)
         if not background:
             found += [entries[key] for key in leaving if key in self.doubles and not entries[key].leases]
         return found[:need]
@@ -150,7 +151,7 @@ class Exclusive:
         config = self.upper.config
         idle = len(self.upper.free) - (config.staging - self.upper.transients)
         spare = self.lower.config.spare - max(0, idle)
-        victims = self.core._eligible(self.upper, spare, access) if spare > 0 else []
+        victims = eligible(self.core, self.upper, spare, access) if spare > 0 else []
         self.ahead = {entry.key for entry in victims if entry.key in self.doubles}
         alone = [entry for entry in victims if entry.key not in self.doubles and not entry.dirty and not entry.lost]
         self._demote(alone, None, access)
@@ -160,7 +161,7 @@ class Exclusive:
         if not victims:
             return
         core, lower = self.core, self.lower
-        room = core._room(lower, len(victims), access, leaving, background=True)
+        room = room_in(core, lower, len(victims), access, leaving, background=True)
         for entry in victims:
             grant = room.grant(entry.key)
             if grant is None or grant is STAGING:
@@ -181,7 +182,7 @@ class Exclusive:
         core = self.core
         if core._depth(key) == 1 or key in self.upper.entries or key in core._leaving:
             return
-        rooms = [core._room(tier, 1, access, background=True) for tier in core._tiers[1 : core._depth(key)]]
+        rooms = [room_in(core, tier, 1, access, background=True) for tier in core._tiers[1 : core._depth(key)]]
         grants = core._grants(key, rooms)
         if grants and STAGING not in grants:
             core._fill(key, grants, Kind.PREFETCH, access, first=1)

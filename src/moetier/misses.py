@@ -6,12 +6,15 @@ neither bytes nor devices.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import signature
+from typing import Any, NamedTuple, Protocol
 
 from moetier.access import Access, ExpertKey
+from moetier.costs import Costs, Work, split
+from moetier.registry import find
 
-__all__ = ["AlwaysInPlace", "AlwaysLoad", "Miss", "MissPolicy"]
+__all__ = ["CPU_EXPERTS", "AlwaysInPlace", "AlwaysLoad", "CostModel", "Miss", "MissPolicy", "make_miss_policy"]
 
 
 class Miss(NamedTuple):
@@ -47,3 +50,41 @@ class AlwaysInPlace:
     def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
         """All of them."""
         return {miss.key for miss in misses}
+
+
+class CostModel:
+    """What ends soonest by the costs measured at load: see `costs.split`."""
+
+    def __init__(self, costs: Costs):
+        self.costs = costs
+        self._known: dict[tuple[tuple[Work, ...], int], tuple[bool, ...]] = {}  # decoding asks the same again and again
+
+    def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
+        """Those that the CPU has done by the time the link and the device have done the others."""
+        work = tuple(Work(miss.tokens, miss.source > 1) for miss in misses)
+        busy = len(access.keys) - len(misses)  # on the device already; tokens hardly count there
+        sides = self._known.get((work, busy))
+        if sides is None:
+            if len(self._known) >= 4096:
+                self._known.clear()
+            sides = self._known[work, busy] = split(work, self.costs, busy * self.costs.device(1)).in_place
+        return {miss.key for miss, here in zip(misses, sides, strict=True) if here}
+
+
+CPU_EXPERTS: Mapping[str, Callable[..., Any] | str] = {
+    "off": AlwaysLoad,
+    "auto": CostModel,
+    "always": AlwaysInPlace,
+}
+
+
+def make_miss_policy(name: str, costs: Costs) -> MissPolicy | None:
+    """The policy of a name of `CPU_EXPERTS`, or of `"package.module:Class"`; None for what never chooses anything.
+
+    Classes with a parameter `costs` get the measured ones. Raises `ConfigError` for a name that is neither.
+    """
+    factory = find("cpu_experts", name, CPU_EXPERTS)
+    if factory is AlwaysLoad:
+        return None
+    made: MissPolicy = factory(costs=costs) if "costs" in signature(factory).parameters else factory()
+    return made

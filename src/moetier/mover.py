@@ -48,7 +48,7 @@ class Link:
     """A path between two neighbouring tiers: its queues, its threads, and what it moved.
 
     `latencies`, if it is a list, gets the seconds of every operation (one part of a copy), and `ends`, if it is one,
-    the time (of `time.perf_counter`) at which every copy was through.
+    the time (of `time.perf_counter`) at which every copy was through (to a GPU: enqueued).
     """
 
     def __init__(self, name: str, threads: int, work: Work, drains: bool = False):
@@ -58,15 +58,24 @@ class Link:
         self.demand: deque[Flight] = deque()
         self.prefetch: deque[Flight] = deque()
         self.nbytes = 0
-        self.busy_seconds = 0.0  # summed over threads
+        self.thread_seconds = 0.0  # at work, summed over threads
         self.copies = 0
         self.operations = 0
+        self.clock: Callable[[], float] | None = None  # where copies go on behind their threads
         self.latencies: list[float] | None = None
         self.ends: list[float] | None = None
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of work, summed over threads; of a link to a GPU, seconds with a copy under way."""
+        return self.thread_seconds if self.clock is None else self.clock()
 
 
 class ThreadMover:
     """Moves records home → host with a pool of readers, host ↔ device with a copier each way, and changed ones home.
+
+    To a GPU, a demanded record is enqueued by the thread that orders it; a prefetched one by the copier thread, which
+    keeps little in the queue. Both are reported when they are enqueued: see `docs/gpu.md`.
 
     The way home has links only where the store can be written; from a device it leads through a few bounce slots in
     host memory.
@@ -99,6 +108,9 @@ class ThreadMover:
                 self._bounce = HostArena(writers + 1, store.slot_nbytes, host.page_locked)
                 self._bounce_free = list(range(writers + 1))
         self._home = 1 if device is None else 2
+        self._enqueues = isinstance(device, DeviceArena) and host.page_locked  # else enqueueing a copy takes as long
+        if isinstance(device, DeviceArena):
+            self._h2d.clock = device.busy_seconds
         self._threads: list[threading.Thread] = []
         self._pid: int | None = None
         self._closed: set[Link] = set()
@@ -114,7 +126,10 @@ class ThreadMover:
             from_home = copy.source.tier == self._home
             link = self._disk if from_home else self._d2h if copy.kind is Kind.DEMOTE else self._h2d
             flight = Flight(copy, self._store.segments(copy.key) if from_home else 1)
-            self._queue(link, flight, copy.kind in BACKGROUND)
+            if link is self._h2d and self._enqueues and copy.kind not in BACKGROUND:
+                self._enqueue(flight)
+            else:
+                self._queue(link, flight, copy.kind in BACKGROUND)
 
     def _start_write_back(self, copy: Copy) -> None:
         if self._writable is None:
@@ -130,6 +145,21 @@ class ThreadMover:
         with link.condition:
             (link.prefetch if prefetch else link.demand).append(flight)
             link.condition.notify(min(flight.parts, link.threads))
+
+    def _enqueue(self, flight: Flight) -> None:
+        """Hand a copy to the device, and report it: events order the rest, so that no thread has to wait for it."""
+        nbytes = 0
+        try:
+            nbytes = self._copy_to_device(flight, 0)
+        except BaseException as error:
+            flight.error = error
+        with self._h2d.condition:
+            self._h2d.nbytes += nbytes
+            self._h2d.operations += 1
+            self._h2d.copies += 1
+            if self._h2d.ends is not None:
+                self._h2d.ends.append(time.perf_counter())
+        self._finish(flight)
 
     def promote(self, copy_ids: Iterable[int]) -> None:
         """Treat queued background copies as demanded ones from now on."""
@@ -203,7 +233,7 @@ class ThreadMover:
             elapsed = time.perf_counter() - begin
             with link.condition:
                 link.nbytes += nbytes
-                link.busy_seconds += elapsed
+                link.thread_seconds += elapsed
                 link.operations += 1
                 if link.latencies is not None:
                     link.latencies.append(elapsed)
@@ -233,6 +263,7 @@ class ThreadMover:
     def _read(self, flight: Flight, part: int) -> int:
         copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
+        self._host.wait_unread(copy.target.slot)
         into = self._host.memory(copy.target.slot, self._store.phase(key), nbytes)
         return self._store.read(key, part, into)
 
@@ -240,7 +271,13 @@ class ThreadMover:
         assert self._device is not None
         copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
-        self._device.fill(copy.target.slot, self._host.record(copy.source.slot, self._store.phase(key), nbytes))
+        source = self._host.record(copy.source.slot, self._store.phase(key), nbytes)
+        if isinstance(self._device, DeviceArena):
+            behind = copy.kind in BACKGROUND or not self._enqueues
+            fill = self._device.fill_behind if behind else self._device.fill
+            self._host.hold(copy.source.slot, fill(copy.target.slot, source))
+        else:
+            self._device.fill(copy.target.slot, source)
         return nbytes
 
     def _copy_from_device(self, flight: Flight, part: int) -> int:
@@ -248,6 +285,7 @@ class ThreadMover:
         copy, key = flight.copy, flight.copy.key
         if copy.kind is Kind.DEMOTE:
             nbytes = self._store.layout(key.layer).nbytes
+            self._host.wait_unread(copy.target.slot)
             self._device.save(copy.source.slot, self._host.record(copy.target.slot, self._store.phase(key), nbytes))
             return nbytes
         assert self._bounce is not None

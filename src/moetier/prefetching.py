@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moetier import endings
 from moetier.access import ExpertKey
 from moetier.tiers import FREE, LOADING, READY, STAGING, Grant, Kind, Room
+from moetier.victims import room_in
 
 if TYPE_CHECKING:
     from moetier.residency import Residency
@@ -25,7 +27,7 @@ def prefetch(core: Residency, key: ExpertKey, displace: bool, staged: bool) -> b
     for tier in core._tiers[: core._depth(key)]:
         above = rooms[-1] if rooms else None
         wanted = 1 if displace and not staged else 0
-        rooms.append(core._room(tier, wanted, core._last, above, background=True))
+        rooms.append(room_in(core, tier, wanted, core._last, above, background=True))
         if core._exclusive is not None and tier.index == 1 and not wanted:
             rooms[-1].victims = core._exclusive.spare_doubles()[:1]  # dropping one of two displaces nothing
             rooms[-1].doubles = core._exclusive.doubles
@@ -74,7 +76,7 @@ def cancel(core: Residency, key: ExpertKey) -> bool:
         return False
     entry.prefetched = False
     core.prefetches -= 1
-    core._failed(core._orders.withdraw(entry.copy))
+    endings.failed(core, core._orders.withdraw(entry.copy))
     for tier in core._lower:  # and what was to be loaded for its sake only
         below = tier.entries.get(key)
         if below is None or below.state is not LOADING or below.leases:
@@ -84,7 +86,7 @@ def cancel(core: Residency, key: ExpertKey) -> bool:
         if core._orders.started(below.copy):
             core.obsolete.append(below.copy)
             break
-        core._failed(core._orders.withdraw(below.copy))
+        endings.failed(core, core._orders.withdraw(below.copy))
     core._serve_stuck()
     return True
 
@@ -95,10 +97,10 @@ def cancelled(core: Residency, copy_id: int) -> None:
     entry = core._tiers[copy.target.tier].entries[copy.key]
     del core._orders.copies[copy_id]
     if copy.kind is not Kind.PREFETCH or entry.leases:  # demanded since: the mover was asked too late
-        core._again(copy)
+        endings.again(core, copy)
         return
     if entry.prefetched:
         entry.prefetched = False
         core.prefetches -= 1
-    core._failed(copy)
+    endings.failed(core, copy)
     core._serve_stuck()

@@ -17,13 +17,13 @@ The caller serialises calls (one lock); `docs/architecture.md` has the picture.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
-from moetier import prefetching
+from moetier import endings, in_place, prefetching
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
 from moetier.exclusive import Exclusive
-from moetier.misses import Miss, MissPolicy
+from moetier.misses import MissPolicy
 from moetier.tiers import (
     LEAVING,
     LOADING,
@@ -40,6 +40,7 @@ from moetier.tiers import (
     Tier,
     TierConfig,
 )
+from moetier.victims import room_in
 
 
 class Residency:
@@ -112,7 +113,7 @@ class Residency:
                 self._classify_below(missing, access)
             if self._exclusive is not None:
                 self._exclusive.due = True
-            ticket.waiting = missing if self.misses is None else self._split(ticket, missing, self.misses)
+            ticket.waiting = missing if self.misses is None else in_place.split(self, ticket, missing, self.misses)
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
@@ -127,7 +128,7 @@ class Residency:
         if dirty:
             entry.dirty = True
             if self._lower:
-                self._supersede(entry)
+                in_place.supersede(self, entry)
         if entry.transient:
             self._drop_if_unused(entry)
         if self._stuck:
@@ -160,11 +161,11 @@ class Residency:
         copy = self._orders.copies.pop(copy_id)
         self._digest = hash((self._digest, copy_id, ok))
         if copy.kind is Kind.WRITE_BACK:
-            self._wrote_back(copy, ok)
+            endings.wrote_back(self, copy, ok)
         elif ok:
-            self._landed(copy)
+            endings.landed(self, copy)
         else:
-            self._failed(copy)
+            endings.failed(self, copy)
             if copy.kind is Kind.DEMOTE:  # nothing is lost yet: it was copied, not moved
                 self._top.entries[copy.key].lost = True
         if self._orders.dependents:
@@ -253,36 +254,6 @@ class Residency:
         """The record that a ticket has leased."""
         return self._tiers[key in ticket.in_place].entries[key]
 
-    def _split(self, ticket: Ticket, missing: list[ExpertKey], misses: MissPolicy) -> list[ExpertKey]:
-        """Choose what is served in tier 1, and lease what is there already; returns the keys that need a slot.
-
-        One miss at least goes to tier 0 if a slot can be had: a cache that never loads never learns.
-        """
-        access = ticket.access
-        tokens = dict(zip(access.keys, access.tokens, strict=False))
-        asked = [Miss(key, tokens.get(key, 1), self._depth(key)) for key in missing]
-        answer = misses.split(access, asked)
-        chosen = {key for key in missing if key in answer}
-        if len(chosen) == len(missing):
-            room = self._room(self._top, 1, access)
-            if room.spare > 0 or room.victims:
-                chosen.remove(min(asked, key=lambda miss: (miss.source, -miss.tokens)).key)
-        if not chosen:
-            return missing
-        ticket.in_place = chosen
-        below = self._tiers[1]
-        below.in_place += len(chosen)
-        self._digest = hash((self._digest, *sorted(chosen)))
-        waiting = []
-        for key in missing:
-            entry = below.entries.get(key) if key in chosen else None
-            if entry is None:
-                waiting.append(key)
-            else:
-                self._wanted[key] -= 1
-                self._join(ticket, entry)
-        return waiting
-
     def _join(self, ticket: Ticket, entry: Entry) -> bool:
         """Lease an entry for a ticket; True if it is still on its way."""
         entry.leases += 1
@@ -339,7 +310,7 @@ class Residency:
             depth = self._depth(key) if self._lower else 1
             while len(rooms) < depth:
                 above = rooms[-1] if rooms else None
-                rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access, above))
+                rooms.append(room_in(self, self._tiers[len(rooms)], len(waiting), ticket.access, above))
             grants = self._grants(key, rooms[first:depth])
             if not grants:
                 ticket.waiting.append(key)
@@ -368,63 +339,6 @@ class Residency:
             self._advance(ticket)
         self._stuck = [ticket for ticket in self._stuck if ticket.waiting]
 
-    def _room(
-        self, tier: Tier, wanted: int, access: Access, above: Room | None = None, background: bool = False
-    ) -> Room:
-        """What a tier can give to a batch of misses that would displace up to `wanted` records.
-
-        `above` is what the tier above gives to them; in the `background` nobody waits for what is asked for.
-        """
-        room = Room(tier, access, background)
-        need = wanted - max(0, room.spare)
-        if need > 0:
-            exclusive = self._exclusive
-            if exclusive is None or tier.index > 1:
-                victims = self._eligible(tier, need, access, background)
-            elif tier is self._top:
-                victims = exclusive.leavers(need, access, background)
-            else:
-                victims = exclusive.places(need, access, above, background)
-                room.doubles = exclusive.doubles
-            room.victims = victims[::-1]
-        return room
-
-    def _eligible(self, tier: Tier, need: int, access: Access, background: bool = False) -> list[Entry]:
-        """Up to `need` victims in the policy's order, the per-layer floor respected while others exist.
-
-        In the `background` nothing goes that was just loaded.
-        """
-        entries, floor = tier.entries, tier.config.floor
-        kept, wanted = (self._pinned, None) if tier is self._top else (None, self._wanted)
-        doubles: Collection[ExpertKey] = ()
-        if self._exclusive is not None and tier.index == 1:
-            doubles = self._exclusive.doubles  # they go before the policy is asked
-        picked: list[Entry] = []
-        below_floor: list[Entry] = []
-        taken: dict[int, int] = {}
-        for key in tier.policy.victims(access):
-            entry = entries[key]
-            if entry.leases or entry.state is not READY or (kept and key in kept) or key in doubles:
-                continue
-            if wanted and wanted[key]:  # an access still needs it from here
-                continue
-            if background and self._is_new(entry):
-                continue
-            if floor:
-                layer = key[0]
-                if layer != access.layer and tier.residents[layer] - taken.get(layer, 0) <= floor:
-                    below_floor.append(entry)
-                    continue
-                taken[layer] = taken.get(layer, 0) + 1
-            picked.append(entry)
-            if len(picked) == need:
-                return picked
-        return picked + below_floor[: need - len(picked)]
-
-    def _is_new(self, entry: Entry) -> bool:
-        """Loaded in this round of the model; if it was prefetched and not demanded yet, in this or the last."""
-        return entry.round >= self._round - entry.prefetched
-
     def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access, first: int = 0) -> Entry:
         """Take a granted slot in tiers `first` and below, down to the one that has `key`; order the copies up."""
         depth = first + len(grants)
@@ -432,7 +346,8 @@ class Residency:
         if source is not None and source.state is LOADING and kind is Kind.LOAD:
             self._promote(key)
         for index in range(depth - 1, first - 1, -1):
-            entry, blockers = self._occupy(self._tiers[index], key, grants[index - first], access)
+            entry = self._occupy(self._tiers[index], key, grants[index - first], access)
+            blockers = [] if entry.after is None else [entry.after.copy]
             if source is not None:
                 source.leases += 1  # it stays until the copy has read it
                 if source.state is LOADING:
@@ -448,9 +363,8 @@ class Residency:
                 self._share(entry)
         return entry
 
-    def _occupy(self, tier: Tier, key: ExpertKey, grant: Grant, access: Access) -> tuple[Entry, list[int]]:
-        """Enter `key` into a granted slot; with the copies that must end before the slot can be filled."""
-        blockers = []
+    def _occupy(self, tier: Tier, key: ExpertKey, grant: Grant, access: Access) -> Entry:
+        """Enter `key` into a granted slot; `after` it has who must be home first."""
         self._next_copy += 1
         if isinstance(grant, Entry):
             entry = Entry(tier, key, grant.place, self._next_copy, self._round)
@@ -459,17 +373,17 @@ class Residency:
             self._evict(grant)
             if grant.dirty:
                 grant.heir, entry.after = entry, grant
-                blockers.append(grant.copy)
         else:
             entry = Entry(tier, key, tier.free.pop(), self._next_copy, self._round)
             entry.transient = grant is STAGING
         tier.staged += entry.transient
         tier.insert(entry, access)
-        return entry, blockers
+        return entry
 
     def _demote(self, above: Entry, grant: Grant, access: Access) -> int:
         """Copy a record of tier 0 down into a granted slot of tier 1; the number of the copy."""
-        entry, blockers = self._occupy(self._tiers[1], above.key, grant, access)
+        entry = self._occupy(self._tiers[1], above.key, grant, access)
+        blockers = [] if entry.after is None else [entry.after.copy]
         above.leases += 1
         copy = Copy(entry.copy, above.key, above.place, entry.place, Kind.DEMOTE)
         self._digest = hash((self._digest, copy))
@@ -483,30 +397,10 @@ class Residency:
             if key in ticket.waiting and (entry.tier is self._top or key in ticket.in_place):
                 ticket.waiting.remove(key)
                 if entry.tier is self._top:
-                    ticket.in_place.discard(key)
+                    ticket.in_place -= {key}
                 if self._lower:
                     self._wanted[key] -= 1
                 self._join(ticket, entry)
-
-    # -- changed records ----------------------------------------------------------------------------------------------
-
-    def _supersede(self, entry: Entry) -> None:
-        """A record was changed where it is: its older versions in other tiers are worthless."""
-        key = entry.key
-        for tier in self._tiers:
-            old = tier.entries.get(key)
-            if old is None or old is entry:
-                continue
-            if old.state is LOADING:  # from here, up or down: what it reads may be half old, half new
-                old.stale = old.stale or self._orders.started(old.copy) or tier is not self._top
-                continue
-            for ticket in self._live.values():  # who leased the old version gets the new one
-                if key in ticket.leased and self._entry(ticket, key) is old:
-                    old.leases -= 1
-                    entry.leases += 1
-                    (ticket.in_place.discard if entry.tier is self._top else ticket.in_place.add)(key)
-            old.dirty = False
-            self._drop(old)
 
     # -- leaving slots ------------------------------------------------------------------------------------------------
 
@@ -537,71 +431,6 @@ class Residency:
     def _drop_if_unused(self, entry: Entry) -> None:
         if entry.transient and not entry.leases and entry.state is READY and (entry.lost or not entry.prefetched):
             self._drop(entry)
-
-    # -- endings of copies --------------------------------------------------------------------------------------------
-
-    def _source_read(self, copy: Copy) -> None:
-        if copy.source != self._home:
-            entry = self._tiers[copy.source.tier].entries[copy.key]
-            entry.leases -= 1
-            self._drop_if_unused(entry)
-
-    def _landed(self, copy: Copy) -> None:
-        entry = self._tiers[copy.target.tier].entries[copy.key]
-        demoted = copy.kind is Kind.DEMOTE
-        if entry.stale and demoted:  # the record was changed meanwhile: it goes home when it leaves
-            self._failed(copy)
-            return
-        if entry.stale:  # its source was changed while it was read: once more
-            entry.stale = False
-            self._again(copy)
-            return
-        self._source_read(copy)
-        entry.state = READY
-        for ticket in entry.tickets:
-            ticket.ready.append(copy.key)
-        entry.tickets.clear()
-        if self._exclusive is not None:
-            self._exclusive.landed(copy.key, demoted)
-        self._drop_if_unused(entry)
-
-    def _again(self, copy: Copy) -> None:
-        """Order a copy that has ended once more."""
-        entry = self._tiers[copy.target.tier].entries[copy.key]
-        self._next_copy += 1
-        entry.copy = self._next_copy
-        again = copy._replace(id=entry.copy)
-        self._digest = hash((self._digest, again))
-        self._orders.again(copy.id, again)
-
-    def _failed(self, copy: Copy) -> None:
-        """Undo a load that will not arrive, and every copy that waits for it."""
-        for dependent in self._orders.undo_dependents(copy.id):
-            self._failed(dependent)
-        entry = self._tiers[copy.target.tier].entries[copy.key]
-        entry.tier.remove(entry)
-        self.wasted_prefetches += entry.prefetched
-        for ticket in entry.tickets:
-            ticket.failed = copy.id
-            ticket.leased.remove(copy.key)
-        if entry.after is None:
-            entry.tier.free.append(entry.place)
-        else:
-            entry.after.heir = None
-        self._source_read(copy)  # last: a source that goes now must not find the record it did not make
-
-    def _wrote_back(self, copy: Copy, ok: bool) -> None:
-        entry = self._leaving.pop(copy.key)
-        if not ok:  # nothing is lost: the record stays where it was, dirty
-            for dependent in self._orders.undo_dependents(copy.id):
-                self._failed(dependent)
-            entry.state, entry.transient = READY, False
-            entry.tier.insert(entry, self._last)
-            self._share(entry)
-        elif entry.heir is None:
-            entry.tier.free.append(entry.place)
-        else:
-            entry.heir.after = None
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold. For tests; reads everything."""

@@ -1,6 +1,6 @@
 """What the residency core keeps its books in: copy orders, records in slots, tickets, tiers.
 
-Plain data with no decisions in it; `residency.py` is the only writer.
+Plain data with no decisions in it; `residency.py` and its parts are the only writers.
 """
 
 from __future__ import annotations
@@ -99,6 +99,9 @@ FREE, STAGING = "free", "staging"  # slots that nobody has to leave
 Grant = Entry | str
 
 
+NOWHERE: frozenset[ExpertKey] = frozenset()
+
+
 class Ticket:
     """One access being served. `ready` holds leased keys in the order they became so; the caller pops and releases."""
 
@@ -109,7 +112,7 @@ class Ticket:
         self.access = access
         self.ready: deque[ExpertKey] = deque()
         self.leased: set[ExpertKey] = set()  # ready, in use, or loading
-        self.in_place: set[ExpertKey] = set()  # of its keys, those served in tier 1 instead of tier 0
+        self.in_place: frozenset[ExpertKey] = NOWHERE  # of its keys, those served in tier 1 instead of tier 0
         self.waiting: list[ExpertKey] = []  # no slot yet: the access runs in waves
         self.failed: int | None = None  # id of a copy that failed; the caller must abort
 
