@@ -39,6 +39,7 @@ from moetier.misses import CPU_EXPERTS
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
+from moetier.prefetch_binding import AUTO, OFF, attach_prefetching, check_prefetch
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.registry import find
@@ -69,11 +70,10 @@ class Options:
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
-    With a GPU, `cpu_experts` says which missing experts the
-    CPU computes where they are: off, auto (as measured at load), always; other than off, outputs depend on timing in
-    their last bits (docs/gpu.md).
-    `cache_prior`, `keep_top`, `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see
-    `moetier.levers.Levers`.
+    `prefetch` is auto, off, or the name of a predictor from `moetier.PREDICTORS`; where it does not pay it turns itself
+    off. With a GPU, `cpu_experts` says which missing experts the CPU computes where they are: off, auto (as measured at
+    load), always; other than off, outputs depend on timing in their last bits (docs/gpu.md). `cache_prior`, `keep_top`,
+    `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
     """
 
     device_memory: str | int | None = None
@@ -91,6 +91,7 @@ class Options:
     record_profile: bool = False
     store: str | None = None
     cpu_experts: str = "off"
+    prefetch: str = AUTO
     cache_prior: float = 0.0
     keep_top: int | None = None
     max_rank: int | None = None
@@ -107,6 +108,7 @@ class Options:
         check_online(self.policy)
         make_admission(self.admission)
         find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
+        check_prefetch(self.prefetch)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None:
@@ -444,6 +446,7 @@ def attach_cache(
         calibration = None
         if isinstance(cache, ExpertCache):
             calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
+            attach_prefetching(model, cache, options.prefetch, top_k)
     except BaseException:
         cache.close()
         raise
@@ -549,6 +552,7 @@ def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: 
         "profile": options.profile,
         "record_events": options.record_events or None,
         "cpu_experts": None if options.cpu_experts == "off" else options.cpu_experts,
+        "prefetch": None if options.prefetch in (AUTO, OFF) else options.prefetch,
     }
     for name, value in asked.items():
         if value is not None:
@@ -567,6 +571,8 @@ def build_cache(
     configs = [
         configure(tier.slots, store.records, layers, top_k, options.policy, options.admission) for tier in plan.tiers
     ]
+    if len(configs) > 1:  # together the tiers hold what each alone could not
+        configs[1] = replace(configs[1], exclusive=True, spare=min(top_k, configs[0].slots // 8))
     core = Residency(configs, store.layers, store.experts)
     recorder = Recorder(core) if options.record_events else None
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)

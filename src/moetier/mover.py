@@ -26,12 +26,13 @@ class Flight:
     A write-back from a device goes over two links one after the other; `slot` is its slot in the bounce arena between.
     """
 
-    __slots__ = ("copy", "error", "next_part", "parts", "slot", "unfinished")
+    __slots__ = ("copy", "ended", "error", "next_part", "parts", "slot", "unfinished")
 
     def __init__(self, copy: Copy, parts: int):
         self.copy = copy
         self.error: BaseException | None = None
         self.slot = -1
+        self.ended = 0.0  # when, by `time.perf_counter`
         self.begin(parts)
 
     def begin(self, parts: int) -> None:
@@ -241,6 +242,7 @@ class ThreadMover:
                 link.copies += ended
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
+            flight.ended = begin + elapsed
             if ended and link is self._d2h and flight.copy.kind is Kind.WRITE_BACK and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)

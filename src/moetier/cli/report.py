@@ -18,6 +18,8 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     chunks             only where no expert fits a slot: buffers, buffer_bytes, slices_per_expert (at most)
     levers             only with a lossy lever on: its settings, and of the decoding steps the (token, expert) pairs
                        that the routers chose, those of them changed, and those dropped
+    prefetches         what `moetier.prefetch_engine.Prefetching.report` says; with --prefetch off, and where every
+                       expert has a slot, only issued, useful, late and wasted, all 0
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
@@ -95,6 +97,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         )
     if "levers" in result:
         table.add_row(*_levers_row(result["levers"]))
+    if "controller" in result["prefetches"]:
+        table.add_row(*_prefetch_row(result["prefetches"]))
     if "pinning" in result:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
@@ -125,6 +129,13 @@ def _levers_row(levers: dict[str, Any]) -> tuple[str, str, str]:
     settings = Levers(**{name: levers[name] for name in Levers().to_dict()})
     said = f"{levers['changed']} changed, {levers['dropped']} dropped by {settings}: not the exact model"
     return "routing kept", f"{100 - 100 * (levers['changed'] + levers['dropped']) / choices:.1f} %", said
+
+
+def _prefetch_row(prefetches: dict[str, Any]) -> tuple[str, str, str]:
+    """What prefetching did, and what its controller made of it."""
+    text = f"{prefetches['useful']} useful ({prefetches['late']} late), {prefetches['wasted']} wasted; "
+    text += prefetches["controller"]["words"] if prefetches["error"] is None else f"ended by {prefetches['error']}"
+    return f"prefetch {prefetches['predictor']}", f"{prefetches['issued']} experts", text
 
 
 def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:

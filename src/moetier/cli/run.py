@@ -34,6 +34,7 @@ def run(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     io: o.IO = "auto",
+    prefetch: o.Prefetch = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
     store: o.Store = None,
@@ -102,6 +103,7 @@ def run(
         max_rank=max_rank,
         max_mass=max_mass,
         drop_misses=drop_misses,
+        prefetch=prefetch,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
