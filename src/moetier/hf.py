@@ -33,6 +33,7 @@ from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
+from moetier.prefetch_binding import AUTO, attach_prefetching, check_prefetch
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.residency import Residency
@@ -56,7 +57,8 @@ class Options:
     `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
     depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
-    `record_profile` counts uses for `model.moetier.profile()`.
+    `record_profile` counts uses for `model.moetier.profile()`. `prefetch` is auto, off, or the name of a predictor
+    from `moetier.PREDICTORS`; while it does not pay it turns itself off.
     """
 
     device_memory: str | int | None = None
@@ -72,11 +74,13 @@ class Options:
     pin_after: int | None = None
     profile: str | None = None
     record_profile: bool = False
+    prefetch: str = AUTO
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
         check_online(self.policy)
         make_admission(self.admission)
+        check_prefetch(self.prefetch)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None:
@@ -386,6 +390,7 @@ def attach_cache(
         raise
     try:
         watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
+        attach_prefetching(model, cache, options.prefetch, top_k)
     except BaseException:
         cache.close()
         raise

@@ -26,12 +26,13 @@ class Flight:
     A write-back from a device goes over two links one after the other; `slot` is its slot in the bounce arena between.
     """
 
-    __slots__ = ("copy", "error", "next_part", "parts", "slot", "unfinished")
+    __slots__ = ("copy", "ended", "error", "next_part", "parts", "slot", "unfinished")
 
     def __init__(self, copy: Copy, parts: int):
         self.copy = copy
         self.error: BaseException | None = None
         self.slot = -1
+        self.ended = 0.0  # when, by `time.perf_counter`
         self.begin(parts)
 
     def begin(self, parts: int) -> None:
@@ -139,6 +140,16 @@ class ThreadMover:
                     link.prefetch.remove(flight)
                     link.demand.append(flight)
 
+    def withdraw(self, copy_ids: Iterable[int]) -> list[int]:
+        """Forget those of these prefetches that nobody has begun; they are not reported. Returns which."""
+        wanted, gone = set(copy_ids), []
+        for link in self.links if wanted else ():
+            with link.condition:
+                for flight in [flight for flight in link.prefetch if flight.copy.id in wanted and not flight.next_part]:
+                    link.prefetch.remove(flight)
+                    gone.append(flight.copy.id)
+        return gone
+
     def close(self) -> None:
         """Stop the threads: loads after the copies they are in, write-backs when all that were ordered are done."""
         for link in self.links:
@@ -200,6 +211,7 @@ class ThreadMover:
                 link.copies += ended
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
+            flight.ended = begin + elapsed
             if ended and link is self._d2h and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)

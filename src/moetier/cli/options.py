@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from moetier.policies import ADMISSIONS, POLICIES
+from moetier.predictors import PREDICTORS
 
 _TIERS, _COMPUTE, _TEXT, _OUTPUT = "Experts and memory", "Model and machine", "Text", "Output"
 
@@ -45,6 +46,15 @@ Admission = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"Which misses may displace other experts: {', '.join(ADMISSIONS)}.",
+        rich_help_panel=_TIERS,
+    ),
+]
+Prefetch = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Load experts before they are wanted, as long as it pays: auto, off, or a predictor: "
+        f"{', '.join(name for name in PREDICTORS if name != 'scoutgate')}.",
         rich_help_panel=_TIERS,
     ),
 ]

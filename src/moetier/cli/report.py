@@ -14,6 +14,8 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     links              per link: bytes, copies, busy_seconds (summed over its threads), bytes_per_busy_second
     seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
                        experts' math), decide (residency core and queues)
+    prefetches         what `moetier.prefetching.Prefetching.report` says; with --prefetch off, and where every expert
+                       has a slot, only issued, useful, late and wasted, all 0
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
@@ -84,6 +86,8 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"of {plan['experts']} experts, {format_size(planned['bytes'])}; policy {tier['policy']}, "
             f"{tier['evictions']} evictions",
         )
+    if "controller" in result["prefetches"]:
+        table.add_row(*_prefetch_row(result["prefetches"]))
     if "pinning" in result:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
@@ -98,6 +102,13 @@ def show(result: dict[str, Any], console: Console) -> None:
         if total and budget is not None:
             table.add_row(f"{place} memory", format_size(total), f"planned, of {format_size(budget)}")
     console.print(table)
+
+
+def _prefetch_row(prefetches: dict[str, Any]) -> tuple[str, str, str]:
+    """What prefetching did, and what its controller made of it."""
+    text = f"{prefetches['useful']} useful ({prefetches['late']} late), {prefetches['wasted']} wasted; "
+    text += prefetches["controller"]["words"] if prefetches["error"] is None else f"ended by {prefetches['error']}"
+    return f"prefetch {prefetches['predictor']}", f"{prefetches['issued']} experts", text
 
 
 def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:

@@ -34,6 +34,7 @@ def run(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     io: o.IO = "auto",
+    prefetch: o.Prefetch = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
     device: o.Device = None,
@@ -88,6 +89,7 @@ def run(
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        prefetch=prefetch,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []

@@ -31,7 +31,7 @@ class NextGate(ScoredPredictor):
     After Eliseev and Mazur (2023, arXiv 2312.17238) and its many followers.
     """
 
-    nearest = 0
+    nearest, warmup = 0, 0
     needs = "model"
 
     def __init__(self, layers: int, experts: int, top_k: int):
@@ -51,6 +51,12 @@ class NextGate(ScoredPredictor):
             raise ConfigError(f"next-gate was made for {self.layers} MoE layers, the model has {len(routers)}")
         self.close()
         self._routers = routers
+
+    def twin(self) -> NextGate:
+        """Another one for the same model, for another thread. The first one closes."""
+        other = NextGate(self.layers, self.experts, self.top_k)
+        other._routers = self._routers
+        return other
 
     def close(self) -> None:
         """Let the model go."""

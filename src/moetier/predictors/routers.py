@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class Routers:
 
         self._family = f"{type(model).__name__} ({model.config.model_type})"
         self._handles: list[Any] = []
-        self.residual: tuple[int, torch.Tensor] | None = None
+        self._seen = local()  # per thread
         modules = [module for _, module in find_experts(model)]
         calls = self._probe(model, modules)
         try:
@@ -93,6 +94,12 @@ class Routers:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def residual(self) -> tuple[int, torch.Tensor] | None:
+        """What the norm before the latest MoE layer of this thread's forward saw; None before there was one."""
+        residual: tuple[int, torch.Tensor] | None = getattr(self._seen, "residual", None)
+        return residual
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -121,7 +128,7 @@ class Routers:
     def _watch(self, number: int) -> Callable[[Any, tuple[Any, ...]], None]:
         def watch(module: Any, args: tuple[Any, ...]) -> None:
             if args and not _inside.get():
-                self.residual = (number, args[0].detach().reshape(-1, args[0].shape[-1]))
+                self._seen.residual = (number, args[0].detach().reshape(-1, args[0].shape[-1]))
 
         return watch
 

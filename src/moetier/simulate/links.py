@@ -88,7 +88,7 @@ class VirtualMover:
         self._h2d = VirtualLink("h2d", timing.h2d, size)
         self._d2h = VirtualLink("d2h", timing.d2h, size)
         self.links = (self._disk_read, self._disk_write, self._h2d, self._d2h)
-        self.done: deque[Order] = deque()  # copies that have ended, in order
+        self.done: deque[tuple[Order, float]] = deque()  # copies that have ended, in order, and when
         self._home = tiers
         self._events: list[tuple[float, int, VirtualLink, Flight]] = []
         self._begun = 0
@@ -110,6 +110,15 @@ class VirtualMover:
                 link.prefetch.remove(flight)
                 link.demand.append(flight)
 
+    def withdraw(self, cache: int, copy_ids: Iterable[int]) -> list[int]:
+        """Forget those of these prefetches that have not begun. Returns which."""
+        wanted, gone = {(cache, copy_id) for copy_id in copy_ids}, []
+        for link in self.links:
+            for flight in [flight for flight in link.prefetch if flight.order in wanted]:
+                link.prefetch.remove(flight)
+                gone.append(flight.order[1])
+        return gone
+
     def run_until(self, now: float) -> None:
         """Carry out what happens up to and including `now`."""
         events = self._events
@@ -121,7 +130,7 @@ class VirtualMover:
                 following.demand.append(flight)
                 self._begin(following, time)
             else:
-                self.done.append(flight.order)
+                self.done.append((flight.order, time))
             self._begin(link, time)
 
     @property
