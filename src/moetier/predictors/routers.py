@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moetier.errors import UnsupportedModelError
+from moetier.predictors.linear_gate import Matrix, folded
 
 __all__ = ["Routed", "Routers"]
 
@@ -68,6 +69,7 @@ class _Layer:
     norm_rank: int
     probe: torch.Tensor = field(repr=False)  # residual of the probe
     index: torch.Tensor = field(repr=False)  # what the router chose there
+    matrix: Matrix | None = field(default=None, repr=False)  # the whole router, if it is no more than one
 
 
 class Routers:
@@ -103,6 +105,11 @@ class Routers:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def ranks(self, layer: int, residual: Matrix) -> Matrix | None:
+        """[T, E] scores that rank as layer `layer`'s router does, if that is one matrix; `residual` [T, width]."""
+        matrix = self._layers[layer].matrix
+        return None if matrix is None else residual @ matrix.T
 
     def route(self, layer: int, residual: torch.Tensor) -> Routed:
         """What layer `layer`'s router would choose if `residual` [tokens, width] came to it."""
@@ -200,6 +207,7 @@ class Routers:
             raise self._refusal(number, reason) from error
         if not torch.equal(routed.index.sort(dim=-1).values, layer.index.sort(dim=-1).values):
             raise self._refusal(number, "its router does not choose again what it chose in the model")
+        layer.matrix = folded(layer.router, layer.norm, layer.probe, layer.index)
         layer.probe = layer.index = torch.empty(0)
 
     def _refusal(self, number: int, reason: str) -> UnsupportedModelError:
