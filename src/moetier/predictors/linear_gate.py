@@ -1,4 +1,4 @@
-"""Routers that are one matrix, asked without torch: a numpy product in place of norm, router and ranking.
+"""Routers that are one matrix: one product in place of norm, router and ranking.
 
 Most routers rank experts by a linear map of the normed hidden state (softmax and sigmoid keep that order), and an RMS
 norm only scales a token's state and its channels. Folding the norm's weight into the router's leaves one product of
@@ -8,18 +8,14 @@ out by asking both the same; others are left to the modules. Scores are only for
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-
-Matrix = NDArray[np.float32]
 
 _AGREEMENT = 0.9  # share of a probe's choices that must be the same; what is missing are near ties
 
 
 def folded(
     router: torch.nn.Module, norm: torch.nn.Module | None, probe: torch.Tensor, index: torch.Tensor
-) -> Matrix | None:
+) -> torch.Tensor | None:
     """[experts, width] float32 such that its product with a state ranks experts as the router does, or None.
 
     `probe` [T, width] are states, `index` [T, K] what the router chooses for them.
@@ -40,7 +36,7 @@ def folded(
         matrix = matrix * scale
     chosen = (probe.detach().float() @ matrix.t()).topk(index.shape[1], dim=-1).indices
     same = (chosen[:, :, None] == index[:, None, :]).any(dim=-1).float().mean()
-    return np.ascontiguousarray(matrix.cpu().numpy()) if float(same) >= _AGREEMENT else None
+    return matrix.contiguous() if float(same) >= _AGREEMENT else None
 
 
 def _channels(norm: torch.nn.Module, probe: torch.Tensor) -> torch.Tensor | None:

@@ -74,23 +74,16 @@ class NextGate(ScoredPredictor):
             raise ConfigError(
                 "next-gate saw no forward of its model before this access; it cannot work on a trace alone"
             )
-        self._seen.residual, self._seen.state = residual[1], None
-
-    def _state(self) -> NDArray[np.float32]:
-        """The residual in numpy, [T, width]."""
-        if self._seen.state is None:
-            self._seen.state = self._seen.residual.float().cpu().numpy()
-        state: NDArray[np.float32] = self._seen.state
-        return state
+        self._seen.residual = residual[1]
 
     def scores(self, access: Access, target: int, distance: int) -> Scores:
         """Those that a token would choose before all others; within both, from each token's distance to choosing."""
         if self._routers is None or not hasattr(self._seen, "residual"):
             raise ConfigError("next-gate asks the model's own routers: bind(model) it first")
         if distance:  # the control, at distance 0, asks the modules
-            ranks = self._routers.ranks(target, self._state())
+            ranks = self._routers.ranks(target, self._seen.residual)
             if ranks is not None:
-                one = _guesses(ranks, self.top_k)
+                one = _guesses(ranks.cpu().numpy(), self.top_k)
                 return np.asarray(one[0] if len(one) == 1 else 1 - np.prod(1 - one, axis=0))
         routed = self._routers.route(target, self._seen.residual)
         index = routed.index.cpu().numpy()  # [T, K]

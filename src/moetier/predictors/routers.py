@@ -16,7 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moetier.errors import UnsupportedModelError
-from moetier.predictors.linear_gate import Matrix, folded
+from moetier.predictors.linear_gate import folded
 
 __all__ = ["Routed", "Routers"]
 
@@ -69,7 +69,7 @@ class _Layer:
     norm_rank: int
     probe: torch.Tensor = field(repr=False)  # residual of the probe
     index: torch.Tensor = field(repr=False)  # what the router chose there
-    matrix: Matrix | None = field(default=None, repr=False)  # the whole router, if it is no more than one
+    matrix: torch.Tensor | None = field(default=None, repr=False)  # the whole router, if it is no more than one
 
 
 class Routers:
@@ -106,10 +106,13 @@ class Routers:
     def __len__(self) -> int:
         return len(self._layers)
 
-    def ranks(self, layer: int, residual: Matrix) -> Matrix | None:
-        """[T, E] scores that rank as layer `layer`'s router does, if that is one matrix; `residual` [T, width]."""
+    def ranks(self, layer: int, residual: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] float32 scores that rank as layer `layer`'s router does, if that is one matrix."""
         matrix = self._layers[layer].matrix
-        return None if matrix is None else residual @ matrix.T
+        if matrix is None:
+            return None
+        # not numpy: its BLAS would wake threads of its own for this
+        return torch.mm(residual.float(), matrix.t())
 
     def route(self, layer: int, residual: torch.Tensor) -> Routed:
         """What layer `layer`'s router would choose if `residual` [tokens, width] came to it."""
