@@ -16,6 +16,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from moetier.errors import UnsupportedModelError
+from moetier.predictors.linear_gate import folded
 
 __all__ = ["Routed", "Routers", "asking"]
 
@@ -73,6 +74,7 @@ class _Layer:
     norm_rank: int
     probe: torch.Tensor = field(repr=False)  # residual of the probe
     index: torch.Tensor = field(repr=False)  # what the router chose there
+    matrix: torch.Tensor | None = field(default=None, repr=False)  # the whole router, if it is no more than one
 
 
 class Routers:
@@ -108,6 +110,14 @@ class Routers:
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def ranks(self, layer: int, residual: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] float32 scores that rank as layer `layer`'s router does, if that is one matrix."""
+        matrix = self._layers[layer].matrix
+        if matrix is None:
+            return None
+        # not numpy: its BLAS would wake threads of its own for this
+        return torch.mm(residual.float(), matrix.t())
 
     def route(self, layer: int, residual: torch.Tensor) -> Routed:
         """What layer `layer`'s router would choose if `residual` [tokens, width] came to it."""
@@ -228,6 +238,7 @@ class Routers:
             raise self._refusal(number, reason) from error
         if not torch.equal(routed.index.sort(dim=-1).values, layer.index.sort(dim=-1).values):
             raise self._refusal(number, "its router does not choose again what it chose in the model")
+        layer.matrix = folded(layer.router, layer.norm, layer.probe, layer.index)
         layer.probe, layer.index = layer.probe[:1].clone(), torch.empty(0)
 
     def _refusal(self, number: int, reason: str) -> UnsupportedModelError:
