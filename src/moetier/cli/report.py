@@ -6,6 +6,7 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     moetier, model     version of the library; folder or hub id
     speed              prompt_tokens, new_tokens, first_token_seconds (mean over generations),
                        prefill_tokens_per_second, decode_tokens_per_second (0 where there is nothing to divide)
+    store              where the experts were read from: kind (packed, checkpoint), path
     plan               status, experts, layers, experts_per_token, recommended_slots, context,
                        host_bytes, device_bytes (totals of the run), host_budget_bytes, device_budget_bytes (or null),
                        tiers: [name, slots, bytes]
@@ -43,7 +44,9 @@ def report(model: Any, name: str, speed: dict[str, float], load: float, generate
         link["bytes_per_busy_second"] = link["bytes"] / link["busy_seconds"] if link["busy_seconds"] else 0.0
     stats["seconds"] = {"load": load, "generate": generate, **stats["seconds"]}
     head = {"version": STATS_VERSION, "moetier": __version__, "model": name}
-    return {**head, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+    store = model.moetier.cache.store
+    home = {"kind": store.kind, "path": str(store.folder)}
+    return {**head, "store": home, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         what = "slices" if "chunks" in result else "experts"
         rate = f"{link['copies']} {what}, {link['bytes_per_busy_second'] / 1e9:.2f} GB/s per busy thread"
         table.add_row(name, format_size(link["bytes"]), rate)
+    table.add_row("experts from", result["store"]["kind"], result["store"]["path"])
     table.add_row("T_wait", f"{seconds['wait']:.2f} s", "nothing to compute, an expert on its way")
     table.add_row("T_compute", f"{seconds['compute']:.2f} s", "the experts' math")
     table.add_row("decisions", f"{seconds['decide']:.2f} s", "residency core and queues")

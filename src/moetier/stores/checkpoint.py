@@ -7,17 +7,18 @@ read aside and the loader's own operations run on this one expert. No fused tens
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from moetier.access import ExpertKey
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.stores.diskio import DiskFile, aligned_buffer
+from moetier.stores.blocks import read_block
+from moetier.stores.diskio import DiskFile
 from moetier.stores.shards import Shards
 
 SEGMENT_NBYTES = 1 << 20  # one read request: large enough for full bandwidth, small enough to share among threads
@@ -97,6 +98,8 @@ def split_extents(extents: Sequence[Extent]) -> tuple[Extent, ...]:
 class CheckpointStore:
     """Experts of a checkpoint, read on demand. Never writes; safe for concurrent reads."""
 
+    kind = "checkpoint"
+
     def __init__(
         self,
         shards: Shards,
@@ -119,6 +122,11 @@ class CheckpointStore:
             for extent in (*recipe.extents, *(s.extent for c in recipe.conversions for s in c.sources))
         }
         self._files = {index: DiskFile(shards.files[index], io) for index in sorted(used)}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.shards.files[0].parent
 
     @property
     def layers(self) -> int:
@@ -185,41 +193,30 @@ class CheckpointStore:
 
     def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
         """Read a block of a field; some columns only are picked out of whole rows."""
-        layout = next(f for f in self._layouts[key.layer].fields if f.name == field)
+        shape = next(f for f in self._layouts[key.layer].fields if f.name == field)
         recipe = self._recipes[key.layer][key.expert]
         cast = next((c for c in recipe.conversions if c.field == field), None)
-        width = layout.nbytes // layout.shape[0] // layout.dtype.itemsize
         if cast is None:
-            read, dtype, start = partial(self._read_span, recipe.extents), layout.dtype, layout.offset
-        else:
-            extents = _one_behind_the_other(cast.sources)
-            read, dtype, start = partial(self._read_span, extents), cast.sources[0].dtype, 0
-        row_nbytes = width * dtype.itemsize
-        if cast is None and columns is None:
-            return read(start + rows.start * row_nbytes, into)
-        target = torch.frombuffer(into, dtype=layout.dtype).view(len(rows), -1)
-        total, step = 0, max(1, SEGMENT_NBYTES // row_nbytes)
-        for first in range(rows.start, rows.stop, step):
-            count = min(step, rows.stop - first)
-            window = _window(count * row_nbytes)
-            total += read(start + first * row_nbytes, window)
-            block = torch.frombuffer(window, dtype=dtype).view(count, width)
-            picked = block if columns is None else block[:, columns.start : columns.stop]
-            target[first - rows.start : first - rows.start + count].copy_(picked)
-        return total
+            span = partial(self._read_span, recipe.extents, shape.offset)
+            return read_block(span, shape, shape.dtype, rows, columns, into)
+        span = partial(self._read_span, _one_behind_the_other(cast.sources), 0)
+        return read_block(span, shape, cast.sources[0].dtype, rows, columns, into)
 
-    def _read_span(self, extents: Sequence[Extent], begin: int, into: memoryview) -> int:
-        """Fill `into` from where the record's bytes from `begin` on come from."""
+    def _read_span(self, extents: Sequence[Extent], start: int, begin: int, into: memoryview) -> None:
+        """Fill `into` from where the record's bytes from `start + begin` on come from."""
+        begin += start
         end, got = begin + len(into), 0
         for extent in extents:
             low, high = max(begin, extent.target), min(end, extent.target + extent.nbytes)
             if low < high:
-                self._files[extent.file].read_into(
-                    extent.offset + low - extent.target, into[low - begin : high - begin]
-                )
+                part = into[low - begin : high - begin]
+                self._files[extent.file].read_into(extent.offset + low - extent.target, part)
                 got += high - low
         assert got == len(into), "the extents do not cover the block"
-        return got
+
+    def read_range(self, file: int, offset: int, into: memoryview) -> None:
+        """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
+        self._files[file].read_into(offset, into)
 
     def close(self) -> None:
         """Close the files."""
@@ -254,21 +251,6 @@ def _one_behind_the_other(sources: Sequence[Source]) -> list[Extent]:
         extents.append(replace(source.extent, target=target))
         target += source.extent.nbytes
     return extents
-
-
-class _Windows(threading.local):
-    """Each thread's own memory for rows that are cast or picked from before they reach their slice."""
-
-    memory = memoryview(b"")
-
-
-_windows = _Windows()
-
-
-def _window(nbytes: int) -> memoryview:
-    if len(_windows.memory) < nbytes:
-        _windows.memory = aligned_buffer(max(nbytes, SEGMENT_NBYTES))
-    return _windows.memory[:nbytes]
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
