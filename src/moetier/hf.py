@@ -507,7 +507,7 @@ def plan_for(
         kv_nbytes=kv,
         context=options.context,
         workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
-        slice_nbytes=slice_nbytes(maps),
+        slice_nbytes=slice_nbytes(maps, packed is not None),
         slices_reread=any(m.is_transposed for m in maps),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
