@@ -553,6 +553,7 @@ def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: 
         "record_events": options.record_events or None,
         "cpu_experts": None if options.cpu_experts == "off" else options.cpu_experts,
         "prefetch": None if options.prefetch in (AUTO, OFF) else options.prefetch,
+        "lossy levers": options.levers if options.levers.on else None,
     }
     for name, value in asked.items():
         if value is not None:
