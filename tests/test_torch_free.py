@@ -18,6 +18,7 @@ MODULES += [
     "profile",
     "stress",
     "prefetch",
+    "threads",
     "predictors",
     "predictors.evaluate",
     "predictors.scoutgate_training",
