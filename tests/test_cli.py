@@ -47,7 +47,7 @@ OPTIONS = {
         "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
         "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
         "--repetition-penalty --revision --save-profile --seed --slots --stats-json --system --temperature "
-        "--threads --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
+        "--threads --timeline --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "

@@ -19,6 +19,7 @@ from moetier.access import Access, ExpertKey
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import CapacityError, MoetierError
 from moetier.mover import ThreadMover
+from moetier.overlap import Clocks
 from moetier.residency import Residency
 from moetier.stores import ExpertStore
 from moetier.tiers import Ticket
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moetier.eventlog import Recorder
     from moetier.pinning import WarmPinning
     from moetier.profile import Profile
+    from moetier.timeline import AccessProbe, Timeline
 
 
 class Lease:
@@ -60,11 +62,13 @@ class ExpertCache:
         self.mover = ThreadMover(store, host, device, self._condition, readers)
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
+        self.probe: Timeline | None = None  # records a timeline of every access
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._closed = False
         self._time = 0
         self.wait_seconds = 0.0  # T_wait: nothing to compute, an expert is on its way
+        self.exposed_seconds = 0.0  # of it: a link was busy
         self.compute_seconds = 0.0  # T_compute: the caller works on a lease (on a GPU: launches)
         self.decide_seconds = 0.0  # in the core and the queues
 
@@ -86,6 +90,7 @@ class ExpertCache:
         clock = time.perf_counter
         begin = clock()
         ticket, hits = self._open(access)
+        probe = None if self.probe is None else self.probe.opened(ticket.access, ticket.ready, begin)
         held: list[Lease] = []
         try:
             while True:
@@ -97,10 +102,7 @@ class ExpertCache:
                         self.decide_seconds += clock() - begin
                         if ticket.done:
                             return
-                        begin = clock()
-                        self._wait(ticket)
-                        self.wait_seconds += clock() - begin
-                        begin = clock()
+                        begin = self._timed_wait(ticket, probe)
                     count = 1 if ticket.waiting else min(limit or len(ticket.ready), len(ticket.ready))
                     held = [self._lease(ticket.ready.popleft()) for _ in range(count)]
                 now = clock()
@@ -108,6 +110,8 @@ class ExpertCache:
                 yield held
                 begin = clock()
                 self.compute_seconds += begin - now
+                if probe is not None:
+                    probe.computed(now, begin, [lease.key for lease in held])
         finally:
             with self._condition:
                 self._owners.pop(ticket.number, None)
@@ -123,6 +127,8 @@ class ExpertCache:
                     self._start_orders()
                     self._condition.notify_all()
                 self._count(ticket.access, hits)
+            if probe is not None:
+                probe.closed()
 
     def _open(self, access: Access) -> tuple[Ticket, int]:
         with self._condition:
@@ -143,18 +149,39 @@ class ExpertCache:
         """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
         with self._condition:
             counters: dict[str, Any] = dict(self.core.counters())
+        now = time.perf_counter()
         counters["links"] = {
-            link.name: {"bytes": link.nbytes, "busy_seconds": link.busy_seconds, "copies": link.copies}
+            link.name: {
+                "bytes": link.nbytes,
+                "busy_seconds": link.busy_seconds,
+                "union_seconds": link.busy.seconds(now),
+                "copies": link.copies,
+            }
             for link in self.mover.links
         }
         counters["seconds"] = {
             "wait": self.wait_seconds,
+            "exposed": self.exposed_seconds,
+            "io": self.mover.io.seconds(now),
             "compute": self.compute_seconds,
             "decide": self.decide_seconds,
         }
         if self.pinning is not None:
             counters["pinning"] = self.pinning.report()
         return counters
+
+    def clocks(self) -> Clocks:
+        """Where the time went so far, in seconds; a window is the difference of two readings."""
+        now, mover = time.perf_counter(), self.mover
+        return Clocks(
+            0.0,
+            self.wait_seconds,
+            self.exposed_seconds,
+            self.compute_seconds,
+            self.decide_seconds,
+            mover.io.seconds(now),
+            tuple(link.busy.seconds(now) for link in mover.links),
+        )
 
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
@@ -237,6 +264,19 @@ class ExpertCache:
                     minimum_slots=self.core.configs[0].slots + len(ticket.waiting),
                 )
             self._condition.wait()
+
+    def _timed_wait(self, ticket: Ticket, probe: AccessProbe | None) -> float:
+        """`_wait`, accounted for; returns when it ended."""
+        begin = time.perf_counter()
+        io = self.mover.io.seconds(begin)
+        self._wait(ticket)
+        end = time.perf_counter()
+        exposed = min(self.mover.io.seconds(end) - io, end - begin)
+        self.wait_seconds += end - begin
+        self.exposed_seconds += exposed
+        if probe is not None:
+            probe.waited(begin, end, exposed)
+        return end
 
     def _error(self, copy_id: int) -> BaseException:
         error = self._errors.get(copy_id)

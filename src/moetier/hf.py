@@ -9,7 +9,9 @@ stacked parameters and compute through the `moetier` experts implementation.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
+from moetier.overlap import Overlap, StepClock
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
@@ -39,7 +42,9 @@ from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.shards import Shards
+from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.tiers import configure
+from moetier.timeline import LIMIT, Timeline, recorded
 
 NAME = "moetier"
 
@@ -128,6 +133,7 @@ class TieredExperts:
         self._needs_mass = needs_mass
         self._clock = 0
         self._phase = Phase.DECODE
+        self._steps = StepClock(cache.clocks)
         self._texts = 0  # begun so far
         self._sequence = 0
 
@@ -161,10 +167,51 @@ class TieredExperts:
             if begins_text(kwargs.get("past_key_values"), self._phase):
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
+            self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
+
+    def observe_end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the model: the step that `observe_forward` saw has ended."""
+        step = self._steps.end()
+        if step is not None and self.cache.probe is not None:
+            self.cache.probe.stepped(*step)
+
+    def overlap(self, phase: Phase = Phase.DECODE) -> Overlap:
+        """T_wait, T_compute, T_io of all forwards of a phase so far, and how much of the transfers was hidden."""
+        cache = self.cache
+        names = tuple(link.name for link in cache.mover.links)
+        on_gpu = cache.device is not None and cache.device.device.type != "cpu"
+        return Overlap(self._steps.clocks[phase], names, on_gpu)
+
+    def oversubscribed(self, watch: CoreWatch | None = None) -> str | None:
+        """Why torch has too many compute threads for the cores that are free, in one line; None if all is well.
+
+        `watch` has seen what other programs do; without one, they are watched for a moment.
+        """
+        compute = torch.get_num_threads()
+        if compute == 1 or (self.cache.device or self.cache.host).device.type != "cpu":
+            return None
+        readers = reader_cores(bool(getattr(self.cache.store, "direct", False)))
+        return oversubscribed(compute, readers, Cores.now(watch))
+
+    def timeline(self, path: str | Path | None = None, limit: int = LIMIT) -> AbstractContextManager[Timeline]:
+        """`with model.moetier.timeline("run.json"):` records what runs within, for ui.perfetto.dev (docs/timeline.md).
+
+        The file is written when the block ends, also by an exception. The last `limit` events of every thread are kept.
+        Raises `ConfigError` for a file that cannot be written, or while another timeline is being recorded.
+        """
+        return recorded(self.cache, path, limit)
 
     def stats(self) -> dict[str, Any]:
-        """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
-        return self.cache.stats()
+        """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase."""
+        steps = {
+            phase.name.lower(): {
+                "steps": self._steps.steps[phase],
+                "tokens": self._steps.tokens[phase],
+                **self.overlap(phase).summary(),
+            }
+            for phase in Phase
+        }
+        return {**self.cache.stats(), "phases": steps}
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
@@ -271,6 +318,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TieredExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.options = quantization_config.options
+        self._cores = CoreWatch()
         self._modules: list[tuple[str, Any]] = []
         self._maps: list[LayerMap] = []
 
@@ -298,6 +346,9 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         own_resident_weights(model)
         attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        told = model.moetier.oversubscribed(self._cores)
+        if told is not None:
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
         self.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):
@@ -374,6 +425,7 @@ def attach_cache(
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
+    model.register_forward_hook(tiered.observe_end)
     save_streaming(model, shards, maps)
 
 

@@ -13,11 +13,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
+from moetier.overlap import Busy
 from moetier.stores import ExpertStore, WritableStore
 from moetier.tiers import Copy, Kind
+
+if TYPE_CHECKING:
+    from moetier.timeline import Timeline
 
 
 class Flight:
@@ -50,7 +55,7 @@ class Link:
     the time (of `time.perf_counter`) at which every copy was through.
     """
 
-    def __init__(self, name: str, threads: int, work: Work, drains: bool = False):
+    def __init__(self, name: str, threads: int, work: Work, drains: bool = False, whole: Busy | None = None):
         self.name, self.threads, self.work, self.drains = name, threads, work, drains
         self.workers: list[threading.Thread] = []
         self.condition = threading.Condition()
@@ -58,6 +63,7 @@ class Link:
         self.prefetch: deque[Flight] = deque()
         self.nbytes = 0
         self.busy_seconds = 0.0  # summed over threads
+        self.busy = Busy(whole)  # the time in which any of them was busy
         self.copies = 0
         self.operations = 0
         self.latencies: list[float] | None = None
@@ -83,10 +89,12 @@ class ThreadMover:
         self._store, self._host, self._device = store, host, device
         self._done_condition = done
         self.done: deque[Flight] = deque()  # ended copies; read it holding `done`
-        self._disk = Link("disk→host", readers, self._read)
-        self._h2d = Link("host→device", 1, self._copy_to_device)
-        self._d2h = Link("device→host", 1, self._copy_from_device, drains=True)
-        self._write = Link("host→disk", writers, self._write_home, drains=True)
+        self.io = Busy()  # T_io: the time in which any link was busy
+        self.probe: Timeline | None = None  # told of every part
+        self._disk = Link("disk→host", readers, self._read, whole=self.io)
+        self._h2d = Link("host→device", 1, self._copy_to_device, whole=self.io)
+        self._d2h = Link("device→host", 1, self._copy_from_device, drains=True, whole=self.io)
+        self._write = Link("host→disk", writers, self._write_home, drains=True, whole=self.io)
         self.links = [self._disk] if device is None else [self._disk, self._h2d]
         self._writable = store if isinstance(store, WritableStore) else None
         self._bounce: HostArena | None = None
@@ -182,6 +190,7 @@ class ThreadMover:
                 if flight.next_part >= flight.parts:
                     queue.popleft()
             begin = time.perf_counter()
+            link.busy.begin(begin)
             nbytes = 0
             try:
                 if flight.error is None:  # after a failed part the rest is not worth moving
@@ -189,6 +198,10 @@ class ThreadMover:
             except BaseException as error:
                 flight.error = error
             elapsed = time.perf_counter() - begin
+            link.busy.end(begin + elapsed)
+            probe = self.probe
+            if probe is not None:
+                probe.part(link.name, flight.copy, part, begin, begin + elapsed, nbytes)
             with link.condition:
                 link.nbytes += nbytes
                 link.busy_seconds += elapsed

@@ -22,8 +22,10 @@ _TOLERANCE = 0.5  # cores: below that neither the count of neighbours nor the ne
 _SAMPLE_SECONDS = 0.2
 _ROOT = Path("/")
 
-DIRECT_READER_CORES = 0.25  # that all readers keep busy together at the disk's pace, with a GB/s or so (docs/LOG.md)
-BUFFERED_READER_CORES = 0.6
+
+def reader_cores(direct: bool) -> float:
+    """Cores that all disk readers together keep busy, at a GB/s or so, by the kind of their reads (docs/LOG.md)."""
+    return 0.25 if direct else 0.6
 
 
 def usable_cores() -> float:
@@ -68,7 +70,7 @@ class CoreWatch:
         return min(float(len(self._cores)), max(0.0, others / max(self.seconds, 1e-3)))
 
     def delayed_seconds(self) -> float:
-        """Thread-seconds in which threads of this process could run and had no core; threads that ended do not count."""
+        """Thread-seconds in which threads of this process could run and had no core; ended threads do not count."""
         before = self._delays
         return sum(max(0.0, delay - before.get(thread, 0.0)) for thread, delay in _run_delays(self._root).items())
 
@@ -105,12 +107,13 @@ def oversubscribed(compute: int, reader_cores: float, cores: Cores) -> str | Non
     fitting = fitting_threads(cores, reader_cores)
     if compute <= fitting:
         return None
-    taken = [f"disk readers need about {reader_cores:.1f}"] if reader_cores >= 0.05 else []
+    because = [f"this process may use {cores.usable:g} cores"]
     if cores.neighbours >= 0.05:
-        taken.insert(0, f"other programs keep {cores.neighbours:.1f} busy")
-    because = f" and {' and '.join(taken)}" if taken else ""
+        because.append(f"other programs keep {cores.neighbours:.1f} busy")
+    if reader_cores >= 0.05:
+        because.append(f"disk readers need about {reader_cores:.1f}")
     return (
-        f"{compute} compute threads are too many: this process may use {cores.usable:g} cores{because}. A step waits "
+        f"{compute} compute threads are too many: {', '.join(because)}. A step waits "
         f"for its slowest thread and can take many times longer; set --threads {fitting} (in Python: "
         f"torch.set_num_threads({fitting}), or OMP_NUM_THREADS={fitting} before the start)"
     )
