@@ -71,6 +71,7 @@ OPTIONS = {
         "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json "
         "--layers --policy --readers --record-size --sampler --seed --steps --store -h"
     ),
+    "bench io": "--help --json --seconds --write-size -h [PATH]",
     "predict evaluate": (
         "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens "
         "--trust-remote-code -h -q [TRACE]"

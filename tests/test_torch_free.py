@@ -22,6 +22,7 @@ MODULES += [
     "overlap",
     "timeline",
     "perfetto",
+    "iobench",
     "predictors",
     "predictors.evaluate",
     "predictors.scoutgate_training",
