@@ -40,10 +40,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few MiB are enough."""
     for name, value in {"SIZES": (64 << 10, MIB), "DEPTHS": (1, 2), "MINIMUM": 2 * MIB}.items():
         monkeypatch.setattr(iobench, name, value)
-        if name != "MINIMUM":
-            monkeypatch.setattr(f"moetier.cli.benchio.{name}", value)
     monkeypatch.setattr(DiskBench.__init__, "__defaults__", ((64 << 10, MIB), (1, 2)))
-    monkeypatch.setattr("moetier.cli.benchio.measure_memory", lambda: 5e9)
+    monkeypatch.setattr(iobench, "measure_memory", lambda: 5e9)
 
 
 def run(*args: object, code: int = 0) -> Any:

@@ -22,7 +22,6 @@ MODULES += [
     "overlap",
     "timeline",
     "perfetto",
-    "iobench",
     "predictors",
     "predictors.evaluate",
     "predictors.scoutgate_training",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -22,20 +22,11 @@ from rich.table import Table
 
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_writable, write_text
-from moetier.iobench import (
-    DEPTHS,
-    SIZES,
-    DiskBench,
-    Reading,
-    best,
-    find_files,
-    measure_gpu,
-    measure_memory,
-    temporary_file,
-    warm,
-)
 from moetier.plan import format_size, parse_size
 from moetier.threads import CoreWatch
+
+if TYPE_CHECKING:
+    from moetier.iobench import Reading
 
 JSON_VERSION = 1
 
@@ -58,6 +49,8 @@ def io(
 
     Reads only; the page cache of the files it reads is dropped.
     """
+    from moetier.iobench import find_files, temporary_file
+
     path = path.expanduser()
     check_writable(json_file, "--json")
     size = None if write_size is None else parse_size(write_size, "--write-size")
@@ -77,6 +70,7 @@ def io(
 
 def measure(files: list[Path], seconds: float, console: Console) -> dict[str, Any]:
     """All figures, as the JSON has them."""
+    from moetier.iobench import DiskBench, best, measure_gpu, measure_memory, warm
     from moetier.stores.checkpoint import SEGMENT_NBYTES
 
     watch = CoreWatch()
@@ -131,15 +125,16 @@ def show(result: dict[str, Any]) -> None:
     """The tables, on standard output."""
     console = Console()
     rows = {(row["mode"], row["size"], row["depth"]): row for row in result["disk"]}
+    sizes, depths = (sorted({row[name] for row in result["disk"]}) for name in ("size", "depth"))
     for mode in ("direct", "buffered"):
         if not any(row["mode"] == mode for row in result["disk"]):
             continue
         table = Table(box=None, padding=(0, 2, 0, 0), title=f"{mode}: GB/s (core-seconds per GB)", title_justify="left")
         table.add_column("request", justify="right")
-        for depth in DEPTHS:
+        for depth in depths:
             table.add_column(f"{depth} at a time", justify="right")
-        for size in SIZES:
-            table.add_row(format_size(size), *(_cell(rows[mode, size, depth]) for depth in DEPTHS))
+        for size in sizes:
+            table.add_row(format_size(size), *(_cell(rows[mode, size, depth]) for depth in depths))
         console.print(table)
         console.print()
     lines = [f"read from {result['files']} files, {format_size(result['bytes'])}, {result['seconds']:g} s"]
