@@ -46,7 +46,7 @@ OPTIONS = {
     "run": (
         "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
         "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
-        "--repetition-penalty --revision --save-profile --seed --slots --stats-json --system --temperature "
+        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --system --temperature "
         "--threads --timeline --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (

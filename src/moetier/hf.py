@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers.core_model_loading import build_glob_alternation
@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
+from moetier.crew import MAX_ROWS, Crew, OneThread, Split, make_crew
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
@@ -57,6 +58,8 @@ class Options:
 
     `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
     names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
+    `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
+    depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`.
     """
@@ -69,6 +72,7 @@ class Options:
     context: int = 4096
     readers: int = 4
     io: IOMode = "auto"
+    split: Split = "auto"
     record_events: bool = False
     pin_after: int | None = None
     profile: str | None = None
@@ -84,6 +88,8 @@ class Options:
                 parse_size(value, name)
         if self.io not in ("auto", "direct", "buffered"):
             raise ConfigError(f"io: {self.io!r} is unknown; choose auto, direct or buffered")
+        if self.split not in get_args(Split):
+            raise ConfigError(f"split: {self.split!r} is unknown; choose {', '.join(get_args(Split))}")
         if self.readers < 1:
             raise ConfigError(f"readers: at least 1 thread is needed, got {self.readers}")
         if self.context < 1:
@@ -129,6 +135,9 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.crew: Crew | None = None  # shares small steps on the CPU
+        self._one_thread = OneThread()
+        self._small = False  # the step that runs
         self._recorder = recorder
         self._needs_mass = needs_mass
         self._clock = 0
@@ -153,7 +162,9 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
-        return forward_from_leases(module, hidden, routing, self.cache.batches(access))
+        return forward_from_leases(
+            module, hidden, routing, self.cache.batches(access), self.crew if self._small else None
+        )
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -168,10 +179,15 @@ class TieredExperts:
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
             self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
+            shared = self.crew is not None and torch.get_num_threads() > 1
+            self._small = shared and tokens.shape[0] * tokens.shape[1] <= MAX_ROWS
+            if self._small:
+                self._one_thread.enter()
 
-    def observe_end(self, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the model: the step that `observe_forward` saw has ended."""
-        step = self._steps.end()
+    def after_forward(self, module: Any, args: Any, output: Any = None) -> None:
+        """Forward hook of the model, called also when the forward failed, then without an output."""
+        self._one_thread.leave()
+        step = None if output is None else self._steps.end()
         if step is not None and self.cache.probe is not None:
             self.cache.probe.stepped(*step)
 
@@ -226,8 +242,10 @@ class TieredExperts:
         return self.cache.profile
 
     def close(self) -> None:
-        """Stop the reader threads and close the files. The model cannot run afterwards."""
+        """Stop the threads and close the files. The model cannot run afterwards."""
         self.cache.close()
+        if self.crew is not None:
+            self.crew.close()
 
 
 def begins_text(past: Any, phase: Phase) -> bool:
@@ -424,8 +442,10 @@ def attach_cache(
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
+    if device.type == "cpu":
+        tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
-    model.register_forward_hook(tiered.observe_end)
+    model.register_forward_hook(tiered.after_forward, always_call=True)
     save_streaming(model, shards, maps)
 
 

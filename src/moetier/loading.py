@@ -42,8 +42,8 @@ def from_pretrained(
         policy: eviction policy, see `moetier.POLICIES`.
         device: where to compute; by default the first GPU, else the CPU.
         model_class: the transformers class to load with.
-        **kwargs: further fields of `moetier.Options` (admission, context, readers, io, record_events, pin_after,
-            profile, record_profile), and anything that `from_pretrained` of transformers takes (dtype,
+        **kwargs: further fields of `moetier.Options` (admission, context, readers, io, split, record_events,
+            pin_after, profile, record_profile), and anything that `from_pretrained` of transformers takes (dtype,
             attn_implementation, revision, …).
 
     Returns:

@@ -95,6 +95,15 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run the model's own Python code. Only if you trust it.", rich_help_panel=_COMPUTE
     ),
 ]
+SplitBy = Annotated[
+    str,
+    typer.Option(
+        "--split",
+        metavar="NAME",
+        help="How CPU threads share a small step: experts, products (torch's own way) or auto.",
+        rich_help_panel=_COMPUTE,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Branch, tag or commit of the model on the hub.", rich_help_panel=_COMPUTE),

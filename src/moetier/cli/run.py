@@ -40,6 +40,7 @@ def run(
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
+    split: o.SplitBy = "auto",
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
     max_new_tokens: o.MaxNewTokens = 128,
@@ -86,6 +87,7 @@ def run(
         context,
         readers,
         io,  # type: ignore[arg-type]
+        split,  # type: ignore[arg-type]
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
