@@ -44,16 +44,20 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --device --device-memory --do-sample --dtype --greedy --help "
+        "--admission --chat --context --cpu-experts --device --device-memory --do-sample --dtype --greedy --help "
         "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
-        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --system --temperature "
+        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --store --system "
+        "--temperature "
         "--threads --timeline --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "
-        "--policy --profile --readers --revision --slots --threads --trace --trust-remote-code --verbose -h "
+        "--policy --profile --readers --revision --slots --store --threads --trace --trust-remote-code --verbose -h "
         "MODEL"
     ),
+    "pack": "--dtype --help --profile --quiet --replace --revision --trust-remote-code --verbose -h -q MODEL [OUT]",
+    "verify": "--help --quiet --trust-remote-code --verbose -h -q STORE [MODEL]",
+    "unpack": "--help --quiet -h -q STORE OUT",
     "demo": (
         "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
@@ -82,7 +86,7 @@ OPTIONS = {
     "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
     "trace record": (
         "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode "
-        "--no-token-ids --output --policy --prompt --quiet --readers --revision --seed --slots --temperature "
+        "--no-token-ids --output --policy --prompt --quiet --readers --revision --seed --slots --store --temperature "
         "--text --threads --token-ids --tokens --trust-remote-code --verbose -h -o -q MODEL"
     ),
     "trace import": "--format --help --output -h -o SOURCE",

@@ -96,6 +96,29 @@ def test_a_dirty_record_of_the_device_takes_two_links_home() -> None:
     assert result.seconds["total"] == 1.5 and result.seconds["d2h"] == 0.25 and result.seconds["disk_write"] == 1.25
 
 
+def test_exclusive_tiers_copy_down_what_leaves() -> None:
+    timing = Timing(1000, LINK, h2d=Link(4e-6), d2h=Link(8e-6), expert_seconds=0.125, layer_seconds=1.0)
+    accesses = accesses_to(*[(0, [expert]) for expert in (0, 1, 2, 3)] * 3)
+    plain = run(accesses, timing, slots=2, layers=1, host_slots=3)
+    # four records in 2 + 3 slots: read once, 5 s; then one copy down and one up for each access, the former ahead
+    once = run(accesses, timing, slots=2, layers=1, host_slots=3, exclusive=True, spare=1)
+    assert plain.bytes_moved["disk_read"] == 12000 and once.bytes_moved["disk_read"] == 4000
+    assert once.bytes_moved["d2h"] == 8000 and once.demotions == 9 and once.refills == 0, "the last is under way"
+    assert once.seconds["wait"] == 4 * (1.25 + 0.25) + 8 * 0.25
+    late = run(accesses, timing, slots=2, layers=1, host_slots=3, exclusive=True)
+    assert late.bytes_moved["disk_read"] == 4000 and late.seconds["wait"] > once.seconds["wait"], "not ahead"
+
+
+def test_what_left_is_read_again_if_the_disk_is_faster_than_the_link() -> None:
+    accesses = accesses_to(*[(0, [expert]) for expert in (0, 1, 2, 3)] * 3)
+    for down, refilled in ((0.25e-6, True), (4e-6, False)):
+        timing = Timing(1000, LINK, h2d=Link(4e-6), d2h=Link(down), layer_seconds=10.0)
+        result = run(accesses, timing, slots=2, layers=1, host_slots=2, exclusive=True, spare=1)
+        assert bool(result.refills) == refilled and bool(result.demotions) != refilled
+    told = run(accesses, timing, slots=2, layers=1, host_slots=2, exclusive=True, refill=True)
+    assert told.refills and not told.demotions
+
+
 class ExpertOneNext:
     """A predictor: expert 1 of the next layer."""
 
@@ -177,6 +200,8 @@ OPTIONS = st.fixed_dictionaries(
         "host_slots": st.sampled_from([None, LAYERS, 8, 30]),
         "scope": st.sampled_from(["global", "layer"]),
         "dirty": st.booleans(),
+        "exclusive": st.booleans(),
+        "spare": st.sampled_from([0, 2]),
         "predictor": st.sampled_from([None, "previous-token", "layer-transition"]),
         "prefetch_confidence": st.just(0.1),
         "timing": TIMINGS,
@@ -187,6 +212,8 @@ OPTIONS = st.fixed_dictionaries(
 @given(options=OPTIONS, seed=st.integers(0, 100))
 @settings(derandomize=True, deadline=None, max_examples=60)
 def test_time_and_bytes_are_conserved(options: dict[str, Any], seed: int) -> None:
+    if options["host_slots"] is None or not options["exclusive"]:
+        options |= {"exclusive": False, "spare": 0}
     config = SimulationConfig(**options, prefetch_displace=options["predictor"] is not None)
     timing = options["timing"]
     accesses = make_accesses(seed, 45)
@@ -205,10 +232,11 @@ def test_time_and_bytes_are_conserved(options: dict[str, Any], seed: int) -> Non
         assert seconds["total"] >= seconds[name] * (1 - 1e-9) and seconds[name] >= in_bytes * (1 - 1e-9)
     if config.predictor is None:
         read = result.misses if config.host_slots is None else result.host_misses
-        assert result.bytes_moved["disk_read"] == sum(read) * 10**6
+        read_ahead = result.bytes_moved["disk_read"] - sum(read) * 10**6
+        assert read_ahead <= result.refills * 10**6 and (read_ahead == 0 or result.refills)
         assert sum(result.lates) == 0
     if not config.dirty:
-        assert result.bytes_moved["disk_write"] == result.bytes_moved["d2h"] == 0
+        assert result.bytes_moved["disk_write"] == 0 and result.bytes_moved["d2h"] <= result.demotions * 10**6
     if config.host_slots is not None:
         below = [hits + misses for hits, misses in zip(result.host_hits, result.host_misses, strict=True)]
         assert below == result.misses

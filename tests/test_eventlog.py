@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(30)
 
 def recorded(seed: int = 3, steps: int = 150) -> Recorder:
     random = Random(seed)
-    run = Run(random_tiers(random))
+    run = Run(random_tiers(random), in_place=True)
     for _ in range(steps):
         random_step(run, random)
     run.drain()
@@ -81,8 +81,8 @@ def test_the_first_access_that_differs_is_named() -> None:
     log = recorded().log
     accesses = [index for index, event in enumerate(log.events) if event[0] == "acquire"]
     index = accesses[3]
-    name, access, ticket, digest = log.events[index]
-    log.events[index] = (name, access, ticket, digest + 1)
+    name, access, ticket, digest, in_place = log.events[index]
+    log.events[index] = (name, access, ticket, digest + 1, in_place)
     with pytest.raises(ReplayError, match=rf"event {index + 1}: decisions differ at access 4 \(time {access[0]}, "):
         replay(log)
 
@@ -118,8 +118,8 @@ def damaged(tmp_path: Path, line: int, text: str | None) -> Path:
         (1, "hello", "line 1: not an event log of moetier"),
         (1, '{"format": "other"}', "line 1: not an event log of moetier"),
         (1, "[" * 100_000, "line 1: not an event log of moetier"),
-        (1, '{"format": "moetier event log", "version": 99}', "line 1: event log version 99; this moetier reads 2"),
-        (1, '{"format": "moetier event log", "version": 2}', "line 1: a damaged header"),
+        (1, '{"format": "moetier event log", "version": 99}', "line 1: event log version 99; this moetier reads 3"),
+        (1, '{"format": "moetier event log", "version": 3}', "line 1: a damaged header"),
         (3, "{", "line 3: not an event"),
         (3, '["explode"]', "line 3: not an event: unknown call"),
         (3, '["completed", 1]', "line 3: not an event: completed has 2 arguments, not 1"),
@@ -128,12 +128,12 @@ def damaged(tmp_path: Path, line: int, text: str | None) -> Path:
         (3, '["cancel", [0, 99]]', "line 3: not an event: expert 99 of layer 0 does not exist"),
         (3, '["cancel", [0, -1]]', "line 3: not an event: -1 is negative"),
         (3, '["cancel", 5]', "line 3: not an event: 5 is not a layer and an expert"),
-        (3, '["acquire", [1, 0], 1, 1]', "line 3: not an event: an access has seven fields"),
-        (3, '["acquire", [1, 0, [1, 1], [], 1, 0, []], 1, 1]', "line 3: not an event: an expert is given twice"),
-        (3, '["acquire", [1, 0, [], [], 7, 0, []], 1, 1]', "line 3: not an event: 7 is not a valid Phase"),
-        (3, '["acquire", [1, 0, [2], [], 1, 0, [0.5, 1]], 1, 1]', "line 3: not an event: mass is one finite number"),
-        (3, '["acquire", [1, 9, [], [], 1, 0, []], 1, 1]', "line 3: not an event: there is no layer 9"),
-        (3, '["acquire", [1, 0, 5, [], 1, 0, []], 1, 1]', "line 3: not an event: experts, tokens and mass are lists"),
+        (3, '["acquire", [1, 0], 1, 1, []]', "line 3: not an event: an access has seven fields"),
+        (3, '["acquire", [1, 0, [1, 1], [], 1, 0, []], 1, 1, []]', "line 3: not an event: an expert is given twice"),
+        (3, '["acquire", [1, 0, [], [], 7, 0, []], 1, 1, []]', "line 3: not an event: 7 is not a valid Phase"),
+        (3, '["acquire", [1, 0, [2], [], 1, 0, [0.5, 1]], 1, 1, []]', "line 3: not an event: mass is one finite"),
+        (3, '["acquire", [1, 9, [], [], 1, 0, []], 1, 1, []]', "line 3: not an event: there is no layer 9"),
+        (3, '["acquire", [1, 0, 5, [], 1, 0, []], 1, 1, []]', "not an event: experts, tokens and mass are lists"),
         (9, None, "line 8: the log ends after 7 events, its header says"),
     ],
 )

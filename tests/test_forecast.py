@@ -308,7 +308,8 @@ def test_the_command(checkpoint: Callable[..., Path], recorded: Path, tmp_path: 
         error = 100 * (row["tokens_per_second"] / row["measured_tokens_per_second"] - 1)
         assert row["error_percent"] == pytest.approx(error)
     assert found["budgets"][0]["loads_per_token"] > found["budgets"][1]["loads_per_token"]
-    assert "measured: disk" in plan(folder, *flags[:6], "--measure").stdout
+    text = plan(folder, *flags[:6], "--measure").stdout
+    assert "measured: disk" in text and "CPU ms" in text
     Profile.from_trace(trace(50)).save(tmp_path / "p.json")
     assert "a profile of 4 layers" in plan(folder, "--profile", tmp_path / "p.json", code=2).stderr
 
@@ -329,7 +330,7 @@ def test_memory_split_between_context_and_slots(checkpoint: Callable[..., Path],
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--measure", "--measure needs a recorded routing"),
+        ("--compare", "--compare needs a recorded routing"),
         ("--budgets 25%", "--budgets needs a recorded routing"),
         ("--trace a --profile b", "contradict each other"),
         ("--profile a --compare --measure", "give --trace, not --profile"),

@@ -478,6 +478,8 @@ def test_prefetches_take_free_slots_and_displace_only_if_told() -> None:
     bench = Bench(2)
     bench.finish(bench(0, 0, 1))
     assert not bench.core.prefetch(k(1, 0))
+    assert not bench.core.prefetch(k(1, 0), displace=True), "both were just loaded"
+    bench.finish(bench(0, 0, 1))
     assert bench.core.prefetch(k(1, 0), displace=True)
     bench.core.check()
     holder = bench(0, 1)

@@ -7,8 +7,10 @@ its newest version. So a slot reused too early, a stale home or a lost update al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moetier.access import Access, ExpertKey, Phase
 from moetier.errors import CapacityError
 from moetier.eventlog import Recorder, replay
+from moetier.misses import Miss
 from moetier.policies import ADMISSIONS
 from moetier.residency import Residency
 from moetier.tiers import Copy, Place, State, Ticket, TierConfig
@@ -40,6 +43,7 @@ class Memory:
         self.slots: dict[Place, Content] = {}
         self.newest = dict.fromkeys(KEYS, 0)
         self.flights: dict[int, tuple[Copy, Content]] = {}
+        self.torn: set[int] = set()
 
     def read(self, place: Place, key: ExpertKey) -> Content:
         return self.home[key] if place.tier == self.home_tier else self.slots.get(place)
@@ -64,25 +68,39 @@ class Memory:
 
     def end(self, copy_id: int, ok: bool) -> None:
         copy, content = self.flights.pop(copy_id)
-        assert self.read(copy.source, copy.key) == content, f"the source of {copy} changed under it"
-        if ok:
+        unchanged = self.read(copy.source, copy.key) == content
+        assert unchanged or copy_id in self.torn, f"the source of {copy} changed under it"
+        if ok and copy_id not in self.torn:
             self.write(copy.target, copy.key, content)
         self.core.completed(copy_id, ok)
 
-    def use(self, key: ExpertKey) -> None:
-        content = self.slots.get(self.core.place(key))
+    def use(self, key: ExpertKey, ticket: Ticket) -> None:
+        content = self.slots.get(self.core.place(key, ticket))
         assert content == (key, self.newest[key]), f"a lease on {key} shows {content}, newest is {self.newest[key]}"
 
-    def update(self, key: ExpertKey) -> None:
+    def update(self, key: ExpertKey, ticket: Ticket) -> None:
         self.newest[key] += 1
-        self.slots[self.core.place(key)] = (key, self.newest[key])
+        place = self.core.place(key, ticket)
+        self.slots[place] = (key, self.newest[key])
+        for copy_id, (copy, _) in self.flights.items():
+            if copy.source == place:  # read while it was changed: half old, half new
+                self.torn.add(copy_id)
+
+
+class AtWhim:
+    """A miss policy that chooses now these, now those."""
+
+    def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
+        whim = access.time * 7919 % 16
+        return [miss.key for miss in misses if whim == 15 or whim >> miss.key.expert % 4 & 1]
 
 
 class Run:
     """A core, its memory, and several users; the calls below are what happens to them."""
 
-    def __init__(self, tiers: list[TierConfig]):
-        self.core = Recorder(Residency(tiers, LAYERS, EXPERTS))
+    def __init__(self, tiers: list[TierConfig], in_place: bool = False):
+        misses = AtWhim() if in_place and len(tiers) > 1 else None
+        self.core = Recorder(Residency(tiers, LAYERS, EXPERTS, misses))
         self.memory = Memory(self.core)
         self.time = 0
         self.live: list[Ticket] = []
@@ -99,15 +117,15 @@ class Run:
 
     def use(self, ticket: Ticket) -> None:
         key = ticket.ready.popleft()
-        self.memory.use(key)
+        self.memory.use(key, ticket)
         self.held.append((ticket, key))
 
     def release(self, index: int, dirty: bool) -> None:
         ticket, key = self.held.pop(index)
-        self.memory.use(key)
+        self.memory.use(key, ticket)
         dirty = dirty and all(other != key for _, other in self.held)  # two users must not both change a record
         if dirty:
-            self.memory.update(key)
+            self.memory.update(key, ticket)
         self.core.release(ticket, key, dirty)
         if ticket.done:
             self.live.remove(ticket)
@@ -117,11 +135,25 @@ class Run:
         self.live.remove(ticket)
         self.held = [(other, key) for other, key in self.held if other is not ticket]
 
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
         before = self.core.residents()
-        accepted = self.core.prefetch(key, displace)
-        assert displace or before <= self.core.residents(), "a prefetch displaced something"
+        core = self.core.core
+        new = {key for key, entry in core._top.entries.items() if entry.leases or entry.round == core._round}
+        accepted = self.core.prefetch(key, displace, staged)
+        after = self.core.residents()
+        assert (displace and not staged) or before <= after, "a prefetch displaced something"
+        assert before & new <= after, "a prefetch displaced what is live or just loaded"
         assert not (accepted and key in before)
+        assert not staged or not accepted or core._top.entries[key].transient
+
+    def withdraw(self, random: Random) -> None:
+        """What a mover does with the copies that nobody wants: it may have begun them, or not."""
+        obsolete = [copy_id for copy_id in self.core.obsolete if copy_id in self.memory.flights]
+        self.core.obsolete.clear()
+        for copy_id in obsolete:
+            if random.random() < 0.7:
+                del self.memory.flights[copy_id]
+                self.core.cancelled(copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         try:
@@ -158,10 +190,14 @@ class Run:
         """Nothing hangs, nothing is lost, every record can still be had, and a replay decides the same."""
         self.drain()
         self.check()
+        staged = {key for key, entry in self.core.core._top.entries.items() if entry.transient}
+        for key in staged:
+            assert not self.core.cancel(key), "its bytes are there"
         assert not self.core.tickets and all(not tier.transients for tier in self.core.core._tiers)
-        top = self.core.core._top.entries
+        tiers = self.core.core._tiers
+        top = tiers[0].entries
         for key in KEYS:
-            dirty = key in top and top[key].dirty
+            dirty = any(key in tier.entries and tier.entries[key].dirty for tier in tiers)
             assert dirty or self.memory.home[key] == (key, self.memory.newest[key]), f"an update of {key} was lost"
         counts = self.core.counters()["prefetches"]
         assert counts["issued"] == counts["useful"] + counts["wasted"] + sum(e.prefetched for e in top.values())
@@ -188,9 +224,16 @@ def tier_configs(top: bool) -> st.SearchStrategy[TierConfig]:
 class CoreMachine(RuleBasedStateMachine):
     """Several live accesses over one to three tiers; copies end in any order, some fail."""
 
-    @initialize(top=tier_configs(True), lower=st.lists(tier_configs(False), max_size=2))
-    def build(self, top: TierConfig, lower: list[TierConfig]) -> None:
-        self.run = Run([top, *lower])
+    @initialize(
+        top=tier_configs(True),
+        lower=st.lists(tier_configs(False), max_size=2),
+        in_place=st.booleans(),
+        exclusive=st.sampled_from([{}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]),
+    )
+    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool, exclusive: dict[str, Any]) -> None:
+        if lower:
+            lower[0] = replace(lower[0], **exclusive)
+        self.run = Run([top, *lower], in_place)
 
     @precondition(lambda self: len(self.run.live) < 3)
     @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)), phase=st.sampled_from(Phase))
@@ -221,13 +264,14 @@ class CoreMachine(RuleBasedStateMachine):
     def complete(self, data: st.DataObject, ok: bool) -> None:
         self.run.memory.end(data.draw(st.sampled_from(sorted(self.run.memory.flights))), ok)
 
-    @rule(key=st.sampled_from(KEYS), displace=st.booleans())
-    def prefetch(self, key: ExpertKey, displace: bool) -> None:
-        self.run.prefetch(key, displace)
+    @rule(key=st.sampled_from(KEYS), displace=st.booleans(), staged=st.booleans())
+    def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
+        self.run.prefetch(key, displace, staged)
 
-    @rule(key=st.sampled_from(KEYS))
-    def cancel(self, key: ExpertKey) -> None:
+    @rule(key=st.sampled_from(KEYS), seed=st.integers(0, 3))
+    def cancel(self, key: ExpertKey, seed: int) -> None:
         self.run.core.cancel(key)
+        self.run.withdraw(Random(seed))
 
     @rule(key=st.sampled_from(KEYS))
     def pin(self, key: ExpertKey) -> None:
@@ -264,6 +308,8 @@ def random_tiers(random: Random) -> list[TierConfig]:
         staging = random.choice([0, 0, 1, 2])
         policy, admission = random.choice(ONLINE), random.choice(sorted(ADMISSIONS))
         tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
+    if len(tiers) > 1 and random.random() < 0.6:
+        tiers[1] = replace(tiers[1], exclusive=True, spare=random.choice([0, 1, 2, 8]), refill=random.random() < 0.2)
     return tiers
 
 
@@ -271,7 +317,7 @@ def random_step(run: Run, random: Random) -> None:
     key = random.choice(KEYS)
     kind = random.choices(
         ["acquire", "use", "release", "start", "complete", "abort", "prefetch", "cancel", "pin", "unpin"],
-        [10, 20, 20, 14, 24, 1, 5, 2, 2, 2],
+        [10, 20, 20, 14, 24, 1, 6, 4, 2, 2],
     )[0]
     ready = [ticket for ticket in run.live if ticket.ready]
     if kind == "acquire" and len(run.live) < 3:
@@ -288,9 +334,11 @@ def random_step(run: Run, random: Random) -> None:
     elif kind == "abort" and run.live:
         run.abort(random.choice(run.live))
     elif kind == "prefetch":
-        run.prefetch(key, random.random() < 0.5)
+        run.prefetch(key, random.random() < 0.5, random.random() < 0.4)
     elif kind == "cancel":
         run.core.cancel(key)
+        if random.random() < 0.8:
+            run.withdraw(random)
     elif kind == "pin":
         run.pin(key)
     elif kind == "unpin":
@@ -303,7 +351,7 @@ def test_random_interleavings(block: int) -> None:
     """Also proves the replay: `finish` compares digests."""
     for seed in range(40 * block, 40 * block + 40):
         random = Random(seed)
-        run = Run(random_tiers(random))
+        run = Run(random_tiers(random), in_place=seed % 2 == 1)
         try:
             for _ in range(100):
                 random_step(run, random)

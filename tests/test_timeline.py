@@ -304,6 +304,20 @@ def test_every_thread_has_its_track() -> None:
     assert depth == [(0.0, 1), (1e6, 2), (3e6, 1), (4e6, 0)]  # at 2 s one ends and one begins
 
 
+def test_copies_that_a_gpu_makes_are_shown_as_enqueued(tmp_path: Path) -> None:
+    """Their spans are the ordering only: no rate is made of them, and they are no part of the compute track."""
+    made = Timeline(Busy(), ["disk→host", "host→device"], 10, ["host→device"])
+    made.begin = 0.0
+    made.track("compute").add(Wait(0.0, 1.0))
+    made.part("host→device", copy(1, 1), 0, 0.25, 0.5, 1000)
+    write_trace(made, tmp_path / "t.json")
+    events = read_trace(tmp_path / "t.json")
+    (span,) = [event for event in events if event["name"] == "enqueue layer 0 expert 1"]
+    (wait,) = [event for event in events if event["name"] == "wait"]
+    assert span["pid"] != wait["pid"] and span["args"]["GB/s"] is None and span["args"]["bytes"] == 1000
+    assert not [event for event in events if event["ph"] == "C"]
+
+
 # -- prefetches --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,9 @@ from moetier.predictors import PREDICTORS
 
 MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "eventlog", "plan", "trace", "simulate"]
 MODULES += [
+    "costs",
     "forecast",
+    "misses",
     "pinning",
     "profile",
     "stress",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from types import TracebackType
@@ -32,16 +33,20 @@ if TYPE_CHECKING:
 
 
 class Lease:
-    """An expert that is in tier 0 and stays there until the stream moves on. `fields` are views, not copies.
+    """An expert that stays where it is until the stream moves on. `fields` are views of its slot, not copies.
 
-    Who changes them sets `dirty`: the record is then written home before it loses its slot.
+    It is in tier 0; `in_place`, in host memory although there is a device: for the CPU to compute. Who changes the
+    fields sets `dirty`: the record is then written home before it loses its slot. (In place, after
+    `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
     """
 
-    __slots__ = ("dirty", "fields", "key")
+    __slots__ = ("dirty", "fields", "in_place", "key", "slot")
 
-    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor]):
+    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
         self.key = key
         self.fields = fields
+        self.slot = slot
+        self.in_place = in_place
         self.dirty = False
 
 
@@ -85,7 +90,7 @@ class ExpertCache:
         """Like `stream`, but yield all leases that are ready at once (at most `limit`): fewer, larger steps of math.
 
         While experts wait for a slot (waves), leases come one by one, so that each slot is refilled as soon as its
-        expert is done.
+        expert is done. Leases in place come in batches of their own, when the device has all it can have.
         """
         clock = time.perf_counter
         begin = clock()
@@ -103,8 +108,9 @@ class ExpertCache:
                         if ticket.done:
                             return
                         begin = self._timed_wait(ticket, probe)
-                    count = 1 if ticket.waiting else min(limit or len(ticket.ready), len(ticket.ready))
-                    held = [self._lease(ticket.ready.popleft()) for _ in range(count)]
+                    most = self._device_first(ticket, limit) if ticket.in_place else limit
+                    count = 1 if ticket.waiting else min(most or len(ticket.ready), len(ticket.ready))
+                    held = [self._lease(ticket, ticket.ready.popleft()) for _ in range(count)]
                 now = clock()
                 self.decide_seconds += now - begin
                 yield held
@@ -116,8 +122,8 @@ class ExpertCache:
             with self._condition:
                 self._owners.pop(ticket.number, None)
                 for lease in held:
-                    if self.device is not None:
-                        self.device.used(self.core.place(lease.key).slot)
+                    if self.device is not None and not lease.in_place:
+                        self.device.used(lease.slot)
                     if lease.dirty:  # half done or not: what is in the slot is the newest there is
                         self.core.release(ticket, lease.key, True)
                 stopped = bool(held) or not ticket.done
@@ -154,7 +160,7 @@ class ExpertCache:
             link.name: {
                 "bytes": link.nbytes,
                 "busy_seconds": link.busy_seconds,
-                "union_seconds": link.busy.seconds(now),
+                "union_seconds": link.union_seconds(now),
                 "copies": link.copies,
             }
             for link in self.mover.links
@@ -173,14 +179,15 @@ class ExpertCache:
     def clocks(self) -> Clocks:
         """Where the time went so far, in seconds; a window is the difference of two readings."""
         now, mover = time.perf_counter(), self.mover
+        links = tuple(link.union_seconds(now) for link in mover.links)
         return Clocks(
             0.0,
             self.wait_seconds,
             self.exposed_seconds,
             self.compute_seconds,
             self.decide_seconds,
-            mover.io.seconds(now),
-            tuple(link.busy.seconds(now) for link in mover.links),
+            max(mover.io.seconds(now), *links),  # the copies of a GPU have a clock of their own: then a lower bound
+            links,
         )
 
     def settle(self) -> None:
@@ -204,6 +211,8 @@ class ExpertCache:
             self._closed = True
             self._condition.notify_all()
         self.mover.close()
+        if isinstance(self.device, DeviceArena):
+            self.device.close()
         self.store.close()
         self.host.close()
 
@@ -224,6 +233,13 @@ class ExpertCache:
         if self.core.promoted:
             self.mover.promote(self.core.promoted)
             self.core.promoted.clear()
+        if self.core.obsolete:
+            withdrawn = self.mover.withdraw(self.core.obsolete)
+            self.core.obsolete.clear()
+            for copy_id in withdrawn:
+                self.core.cancelled(copy_id)
+            if withdrawn:  # their slots may serve somebody
+                self._start_orders()
 
     def _count(self, access: Access, hits: int) -> None:
         if self.profile is not None:
@@ -233,20 +249,23 @@ class ExpertCache:
             self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
     def _release(self, ticket: Ticket, lease: Lease) -> None:
-        if self.device is not None:
-            self.device.used(self.core.place(lease.key).slot)
+        if self.device is not None and not lease.in_place:
+            self.device.used(lease.slot)
         self.core.release(ticket, lease.key, lease.dirty)
         self._start_orders()
         if len(self._owners) > 1:  # another stream may wait for this slot
             self._condition.notify_all()
 
     def _drain(self) -> None:
-        while self.mover.done:
-            flight = self.mover.done.popleft()
-            if flight.error is not None:
-                self._errors[flight.copy.id] = flight.error
-            self.core.completed(flight.copy.id, flight.error is None)
-        self._start_orders()
+        while True:
+            while self.mover.done:
+                flight = self.mover.done.popleft()
+                if flight.error is not None:
+                    self._errors[flight.copy.id] = flight.error
+                self.core.completed(flight.copy.id, flight.error is None)
+            self._start_orders()
+            if not self.mover.done:  # a copy that is only enqueued ends while it is started
+                return
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the ticket has a ready expert."""
@@ -284,8 +303,24 @@ class ExpertCache:
             error = next(reversed(self._errors.values()), None)
         return error if error is not None else MoetierError(f"copy {copy_id} was not made because one before it failed")
 
-    def _lease(self, key: ExpertKey) -> Lease:
-        slot, layout = self.core.place(key).slot, self.store.layout(key.layer)
-        if self.device is not None:
-            return Lease(key, self.device.views(slot, layout))
-        return Lease(key, self.host.views(slot, layout, self.store.phase(key)))
+    def _device_first(self, ticket: Ticket, limit: int | None) -> int:
+        """Bring the ready experts that the device has to the front; how many of the front to lease at once.
+
+        The device works behind the caller's back, so it gets its share before the CPU begins. An expert that the CPU
+        computes keeps the caller busy: while others are on their way, it looks after them between any two.
+        """
+        if self.mover.done:
+            self._drain()
+        ready, in_place = ticket.ready, ticket.in_place
+        here = [key for key in ready if key in in_place]
+        if len(here) == len(ready):
+            return min(limit or len(ready), len(ready) if len(ticket.leased) == len(ready) else 1)
+        ticket.ready = deque([key for key in ready if key not in in_place] + here)
+        return min(limit or len(ready), len(ready) - len(here))
+
+    def _lease(self, ticket: Ticket, key: ExpertKey) -> Lease:
+        place, layout = self.core.place(key, ticket), self.store.layout(key.layer)
+        if self.device is not None and place.tier == 0:
+            return Lease(key, self.device.views(place.slot, layout), place.slot)
+        fields = self.host.views(place.slot, layout, self.store.phase(key))
+        return Lease(key, fields, place.slot, self.device is not None)

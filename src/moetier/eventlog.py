@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 
 from moetier.access import Access, ExpertKey, Phase
 from moetier.errors import ConfigError, MoetierError, ReplayError
+from moetier.misses import Miss, MissPolicy
 from moetier.residency import Residency
 from moetier.tiers import Copy, Ticket, TierConfig
 
 FORMAT = "moetier event log"
-VERSION = 2
+VERSION = 3
 
 Event = tuple[Any, ...]  # the name of a call and its arguments; tickets by number
 
@@ -82,7 +83,9 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
         layers, experts, count = (_number(header[name]) for name in ("layers", "experts", "events"))
         tiers = tuple(TierConfig(**tier) for tier in header["tiers"])
         for tier in tiers:
-            _check(tier.slots, tier.staging, tier.floor)
+            _check(tier.slots, tier.staging, tier.floor, tier.spare)
+            _flag(tier.exclusive)
+            _flag(tier.refill)
             if not (isinstance(tier.policy, str) and isinstance(tier.admission, str)):
                 raise ValueError("policies are given by name")
     except (ValueError, TypeError, KeyError) as error:
@@ -150,19 +153,28 @@ def _access(value: object, layers: int, experts: int) -> list[Any]:
     return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence), mass]
 
 
+def _experts(value: object, layers: int, experts: int) -> list[int]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list of experts")
+    for number in value:
+        _key([0, number], layers, experts)
+    return value
+
+
 def _plain(parse: Callable[[object], object]) -> Callable[[object, int, int], object]:
     return lambda value, layers, experts: parse(value)
 
 
 _COUNT, _BOOL = _plain(_number), _plain(_flag)
 _PARSERS: dict[str, Sequence[Callable[[object, int, int], object]]] = {
-    "acquire": (_access, _COUNT, _COUNT),  # the access, the ticket's number, the digest
+    "acquire": (_access, _COUNT, _COUNT, _experts),  # the access, the ticket's number, the digest, served in place
     "release": (_COUNT, _key, _BOOL),
     "abort": (_COUNT,),
     "completed": (_COUNT, _BOOL),
     "take": (),
-    "prefetch": (_key, _BOOL),
+    "prefetch": (_key, _BOOL, _BOOL),  # the key, whether it displaces, whether it is staged
     "cancel": (_key,),
+    "cancelled": (_COUNT,),
     "pin": (_key,),
     "unpin": (_key,),
 }
@@ -176,7 +188,7 @@ class Recorder:
         self.log = EventLog(core.configs, core.layers, core.experts)
         self._note = self.log.events.append
         self.configs, self.layers, self.experts = core.configs, core.layers, core.experts
-        self.promoted = core.promoted  # one list: the core only appends, the caller clears
+        self.promoted, self.obsolete = core.promoted, core.obsolete  # the core only appends, the caller clears
         self.place, self.residents, self.counters = core.place, core.residents, core.counters
         self.digest, self.check, self.holds = core.digest, core.check, core.holds
 
@@ -186,7 +198,8 @@ class Recorder:
         experts = [key.expert for key in access.keys]
         fields = [access.time, access.layer, experts, list(access.tokens), int(access.phase), access.sequence]
         fields.append(list(access.mass))
-        self._note(("acquire", fields, ticket.number, self.core.digest()))
+        in_place = sorted(key.expert for key in ticket.in_place)
+        self._note(("acquire", fields, ticket.number, self.core.digest(), in_place))
         return ticket
 
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
@@ -211,15 +224,20 @@ class Recorder:
             self._note(("take",))
         return orders
 
-    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
+    def prefetch(self, key: ExpertKey, displace: bool = False, staged: bool = False) -> bool:
         """See `Residency.prefetch`."""
-        self._note(("prefetch", key, displace))
-        return self.core.prefetch(key, displace)
+        self._note(("prefetch", key, displace, staged))
+        return self.core.prefetch(key, displace, staged)
 
     def cancel(self, key: ExpertKey) -> bool:
         """See `Residency.cancel`."""
         self._note(("cancel", key))
         return self.core.cancel(key)
+
+    def cancelled(self, copy_id: int) -> None:
+        """See `Residency.cancelled`."""
+        self._note(("cancelled", copy_id))
+        self.core.cancelled(copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         """See `Residency.pin`."""
@@ -232,6 +250,11 @@ class Recorder:
         self.core.unpin(key)
 
     @property
+    def misses(self) -> MissPolicy | None:
+        """As `Residency.misses`."""
+        return self.core.misses
+
+    @property
     def busy(self) -> bool:
         """See `Residency.busy`."""
         return self.core.busy
@@ -242,6 +265,15 @@ class Recorder:
         return self.core.tickets
 
 
+class _Recorded:
+    """A `MissPolicy` that chooses what was chosen: a cost model measures its machine, so its answers are inputs."""
+
+    experts: Collection[int] = ()
+
+    def split(self, access: Access, misses: Sequence[Miss]) -> Collection[ExpertKey]:
+        return [miss.key for miss in misses if miss.key.expert in self.experts]
+
+
 def replay(log: EventLog, prepare: Callable[[Residency], None] | None = None) -> Residency:
     """Build the core anew and feed it the log.
 
@@ -250,15 +282,20 @@ def replay(log: EventLog, prepare: Callable[[Residency], None] | None = None) ->
     cannot be made.
     """
     core = Residency(log.tiers, log.layers, log.experts)
+    recorded = _Recorded()
     if prepare is not None:
         prepare(core)
     tickets: dict[int, Ticket] = {}
     served = 0
     for number, (name, *arguments) in enumerate(log.events, 1):
         if name == "acquire":
-            (time, layer, experts, tokens, phase, sequence, mass), ticket_number, digest = arguments
+            (time, layer, experts, tokens, phase, sequence, mass), ticket_number, digest, in_place = arguments
             keys = tuple(ExpertKey(layer, expert) for expert in experts)
             access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence, tuple(mass))
+            if in_place and len(log.tiers) < 2:
+                raise ReplayError(f"event {number}: served in place, where there is no second tier")
+            recorded.experts = set(in_place)
+            core.misses = recorded if in_place else None
             tickets[ticket_number] = core.acquire(access)
             served += 1
             if core.digest() != digest:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,7 +20,12 @@ from moetier.cache import Lease
 from moetier.crew import MAX_ROWS, Crew
 
 Fields = dict[str, torch.Tensor]
-Run = list[tuple[int, int, Fields]]  # neighbouring experts: first row, end of rows, fields
+Run = list[
+    tuple[int, Fields]
+]  # neighbouring experts: which of the access's experts, in ascending order, and its fields
+
+if TYPE_CHECKING:
+    from moetier.inplace import InPlace
 
 
 def per_expert_parameters(module: torch.nn.Module) -> list[str]:
@@ -33,9 +38,21 @@ def per_expert_parameters(module: torch.nn.Module) -> list[str]:
 def _linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool, out: torch.Tensor
 ) -> None:
-    torch.mm(x.to(weight.dtype), weight if is_transposed else weight.t(), out=out)
+    torch.mm(x, weight if is_transposed else weight.t(), out=out)
     if bias is not None:
         out.add_(bias)
+
+
+def _read(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, without holding up any stream but its own."""
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    there.record(torch.cuda.current_stream(tensor.device))
+    there.synchronize()
+    return host
 
 
 class Routing:
@@ -50,22 +67,22 @@ class Routing:
         self.top_k = index.size(-1)
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
-        self.rows: dict[int, tuple[int, int]] = {}  # expert -> its range of sorted rows
-        self.tokens: tuple[int, ...] = ()  # rows of each expert, ascending by expert
+        self.number: dict[int, int] = {}  # expert -> which of the access's experts it is, ascending
+        self.tokens: tuple[int, ...] = ()  # rows of each of them; an expert's sorted rows are neighbours
         self.mass: tuple[float, ...] = ()
         gates = None
         if not with_mass:
-            experts = sorted_experts.cpu().numpy()
+            experts = _read(sorted_experts).numpy()
         elif index.device.type == "cpu":
             experts, gates = sorted_experts.numpy(), self.weights.detach().float().numpy()
         else:  # one copy: float64 holds both the ids and the weights exactly
-            experts, gates = torch.stack((sorted_experts.double(), self.weights.detach().double())).cpu().numpy()
+            experts, gates = _read(torch.stack((sorted_experts.double(), self.weights.detach().double()))).numpy()
         if len(experts):
             edges = [0, *((experts[1:] != experts[:-1]).nonzero()[0] + 1).tolist(), len(experts)]
-            self.rows = {int(experts[begin]): (begin, end) for begin, end in pairwise(edges)}
+            self.number = {expert: number for number, expert in enumerate(experts[edges[:-1]].tolist())}
             self.tokens = tuple(end - begin for begin, end in pairwise(edges))
             if gates is not None:
-                one_each = len(self.rows) == len(experts)
+                one_each = len(self.tokens) == len(experts)
                 mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
                 self.mass = tuple(mass.tolist())
 
@@ -83,17 +100,23 @@ def forward_from_leases(
     routing: Routing,
     batches: Iterable[Sequence[Lease]],
     crew: Crew | None = None,
+    in_place: InPlace | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
-    `crew`, the experts of a batch are shared among its threads.
+    `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
+    where there may be any.
     """
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
     math: _Math | None = None
     for batch in batches:
+        if batch[0].in_place:
+            assert in_place is not None
+            in_place.compute(batch)
+            continue
         if math is None:
-            math = _Math(module, rows, batch[0].fields)
+            math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
         if crew is None or len(batch) == 1 or max(routing.tokens) > MAX_ROWS:
             for run in runs:
@@ -101,36 +124,53 @@ def forward_from_leases(
         else:
             shares = _shares(runs, -(-len(batch) // (2 * crew.helpers + 2)))
             crew.run([partial(math.compute, share) for share in shares])
-    if math is None:  # no tokens
+    down = None if math is None else math.down
+    if in_place is not None:
+        down = in_place.deliver(down)
+    if down is None:  # no tokens
         return torch.zeros_like(hidden)
-    down = math.down
     if module.has_post_expert_norm:
         down = module.post_expert_norm(down)
     return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
 
 
-class _Math:
-    """The products of an access: rows in, and a result in the place of every row whatever the order."""
+def expert_math(module: Any, rows: torch.Tensor, fields: Fields) -> torch.Tensor:
+    """One expert by itself, where its fields are: [n, H] → [n, H], without gate weights and norm."""
+    math = _Math(module, rows, fields, (len(rows),))
+    math.compute([(0, fields)])
+    return math.down
 
-    def __init__(self, module: Any, rows: torch.Tensor, fields: dict[str, torch.Tensor]):
-        self.module, self.rows = module, rows
+
+class _Math:
+    """The products of an access: rows in, and a result in the place of every row whatever the order.
+
+    All views are made at once: for one row, making views one by one costs as much as a fifth of the products.
+    """
+
+    def __init__(self, module: Any, rows: torch.Tensor, fields: Fields, tokens: tuple[int, ...]):
+        self.module = module
         self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self.up_bias = f"{self.up_name}_bias"
         self.up = _buffer(rows, fields[self.up_name], module.is_transposed)
         self.down = _buffer(rows, fields["down_proj"], module.is_transposed)
+        self._tokens = tokens
+        self._ends = list(accumulate(tokens))
+        self._rows = rows.to(self.up.dtype).split_with_sizes(tokens)
+        self._ups, self._downs = self.up.split_with_sizes(tokens), self.down.split_with_sizes(tokens)
 
     def compute(self, run: Run) -> None:
         """Experts whose rows touch."""
-        module = self.module
-        first, last = run[0][0], run[-1][1]
-        for begin, end, fields in run:
+        module, transposed, ends = self.module, self.module.is_transposed, self._ends
+        first, last = run[0][0], run[-1][0]
+        for number, fields in run:
             bias = fields.get(self.up_bias)
-            _linear(self.rows[begin:end], fields[self.up_name], bias, module.is_transposed, self.up[begin:end])
-        h = self.up[first:last]
+            _linear(self._rows[number], fields[self.up_name], bias, transposed, self._ups[number])
+        h = self.up[ends[first] - self._tokens[first] : ends[last]]
         h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-        for begin, end, fields in run:
-            bias, x = fields.get("down_proj_bias"), h[begin - first : end - first]
-            _linear(x, fields["down_proj"], bias, module.is_transposed, self.down[begin:end])
+        parts = h.to(self.down.dtype).split_with_sizes(self._tokens[first : last + 1])
+        for (number, fields), x in zip(run, parts, strict=True):
+            bias = fields.get("down_proj_bias")
+            _linear(x, fields["down_proj"], bias, transposed, self._downs[number])
 
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
@@ -141,11 +181,11 @@ def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> to
 def _runs(batch: Sequence[Lease], routing: Routing) -> list[Run]:
     """The batch as runs of experts whose sorted rows touch."""
     runs: list[Run] = []
-    for begin, end, fields in sorted(((*routing.rows[lease.key.expert], lease.fields) for lease in batch), key=_begin):
-        if runs and runs[-1][-1][1] == begin:
-            runs[-1].append((begin, end, fields))
+    for number, fields in sorted(((routing.number[lease.key.expert], lease.fields) for lease in batch), key=_number):
+        if runs and runs[-1][-1][0] == number - 1:
+            runs[-1].append((number, fields))
         else:
-            runs.append([(begin, end, fields)])
+            runs.append([(number, fields)])
     return runs
 
 
@@ -154,10 +194,10 @@ def _shares(runs: list[Run], size: int) -> list[Run]:
     return [run[begin : begin + size] for run in runs for begin in range(0, len(run), size)]
 
 
-def _begin(item: tuple[int, int, Fields]) -> int:
+def _number(item: tuple[int, Fields]) -> int:
     return item[0]
 
 
 def keys_of(layer: int, routing: Routing) -> tuple[tuple[ExpertKey, ...], tuple[int, ...]]:
     """The access's keys, ascending, and the tokens routed to each."""
-    return tuple(ExpertKey(layer, expert) for expert in routing.rows), routing.tokens
+    return tuple(ExpertKey(layer, expert) for expert in routing.number), routing.tokens

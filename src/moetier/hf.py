@@ -26,22 +26,29 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
+from moetier.calibration import Calibration, serve_in_place
 from moetier.crew import MAX_ROWS, Crew, OneThread, Split, make_crew
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
+from moetier.inplace import InPlace
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
+from moetier.misses import CPU_EXPERTS
 from moetier.overlap import Overlap, StepClock
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
+from moetier.registry import find
 from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
+from moetier.stores.opening import find_packed, shards_of
+from moetier.stores.packed import PackedStore
+from moetier.stores.packed_index import PADDING, PackedIndex
 from moetier.stores.shards import Shards
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.tiers import configure
@@ -61,7 +68,11 @@ class Options:
     `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
     depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
-    `record_profile` counts uses for `model.moetier.profile()`.
+    `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
+    experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
+    With a GPU, `cpu_experts` says which missing experts the
+    CPU computes where they are: off, auto (as measured at load), always; other than off, outputs depend on timing in
+    their last bits (docs/gpu.md).
     """
 
     device_memory: str | int | None = None
@@ -77,11 +88,14 @@ class Options:
     pin_after: int | None = None
     profile: str | None = None
     record_profile: bool = False
+    store: str | None = None
+    cpu_experts: str = "off"
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
         check_online(self.policy)
         make_admission(self.admission)
+        find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None:
@@ -135,6 +149,7 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self._one_thread = OneThread()
         self._small = False  # the step that runs
@@ -162,9 +177,9 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
-        return forward_from_leases(
-            module, hidden, routing, self.cache.batches(access), self.crew if self._small else None
-        )
+        in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
+        crew = self.crew if self._small else None
+        return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -355,7 +370,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ConfigError("moetier reads safetensors checkpoints only; pass the folder or hub id of one")
         self._modules = find_experts(model)
-        self._shards = Shards.from_files([Path(file) for file in checkpoint_files])
+        self._shards = shards_of([Path(file) for file in checkpoint_files])
         self._maps, self._top_k = map_experts(model, self._modules, self._shards, dtype)
         detach_experts(model, self._modules)
         self._kv_nbytes = kv_nbytes(model, self.options.context)
@@ -398,7 +413,7 @@ def _dtype_plan(model: Any, dtype: Any) -> Callable[[str, torch.dtype], torch.dt
 
 def detach_experts(model: Any, modules: list[tuple[str, Any]]) -> None:
     """Take the stacked parameters away, before anything is allocated for them."""
-    unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
+    unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | {rf"^{re.escape(PADDING)}\."}
     for name, module in modules:
         for field in per_expert_parameters(module):
             del module._parameters[field]
@@ -423,10 +438,15 @@ def attach_cache(
     if len(devices) != 1:
         raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
     device = devices.pop()
-    plan = plan_for(model, maps, options, device, top_k, kv)
+    packed = find_packed(shards, [m.layout for m in maps], options.store)
+    plan = plan_for(model, maps, options, device, top_k, kv, packed)
     if plan.status is Status.BUDGET_EXHAUSTED:
         raise CapacityError(plan.advice, minimum_slots=1)
-    store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    store: CheckpointStore | PackedStore
+    if packed is not None:
+        store = PackedStore(packed, options.io)
+    else:
+        store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
     try:
         cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
@@ -434,15 +454,17 @@ def attach_cache(
         raise
     try:
         watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
+        calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
     except BaseException:
         cache.close()
         raise
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
+    tiered.calibration = calibration
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
-    if device.type == "cpu":
+    if device.type == "cpu" and plan.slots < plan.workload.records:  # without readers, nobody is in torch's way
         tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
@@ -464,15 +486,24 @@ def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards,
         cache.profile = Profile(layers, experts, model=name, fingerprint=fingerprint, source="a live run")
 
 
-def plan_for(model: Any, maps: list[LayerMap], options: Options, device: torch.device, top_k: int, kv: int) -> Plan:
+def plan_for(
+    model: Any,
+    maps: list[LayerMap],
+    options: Options,
+    device: torch.device,
+    top_k: int,
+    kv: int,
+    packed: PackedIndex | None = None,
+) -> Plan:
     """The plan for a model whose experts are detached (its other weights may be on the meta device)."""
+    slot = packed.slot_nbytes if packed else slot_nbytes([m.layout for m in maps], [m.recipes for m in maps])
     records = sum(len(m.recipes) for m in maps)
     workload = Workload(
         layers=len(maps),
         records=records,
         top_k=top_k,
         record_nbytes=record_nbytes(maps),
-        slot_nbytes=slot_nbytes([m.layout for m in maps], [m.recipes for m in maps]),
+        slot_nbytes=slot,
         resident_nbytes=resident_nbytes(model),
         kv_nbytes=kv,
         context=options.context,
@@ -513,7 +544,7 @@ def budgets(options: Options, device: torch.device) -> Machine:
 
 
 def build_cache(
-    store: CheckpointStore, plan: Plan, options: Options, device: torch.device
+    store: CheckpointStore | PackedStore, plan: Plan, options: Options, device: torch.device
 ) -> tuple[ExpertCache, Recorder | None]:
     """Arenas, residency core and cache for a plan."""
     on_gpu = device.type != "cpu"

@@ -20,6 +20,7 @@ def check(core: Residency) -> None:
     _check_copies(core)
     _check_leases(core)
     _check_dirty(core)
+    _check_doubles(core)
     for tier in core._tiers:
         counted = [0] * core.layers
         for entry in tier.entries.values():
@@ -94,33 +95,64 @@ def _check_copies(core: Residency) -> None:
 
 def _check_leases(core: Residency) -> None:
     readers = Counter(c.source for c in core._orders.copies.values() if c.kind is not Kind.WRITE_BACK)
-    users = Counter(core._top.entries[key].place for ticket in core._live.values() for key in ticket.leased)
+    users = Counter(core._entry(ticket, key).place for ticket in core._live.values() for key in ticket.leased)
     for tier in core._tiers:
         for entry in tier.entries.values():
             count = readers[entry.place] + users[entry.place]
             assert entry.leases == count, f"{entry.key} has {entry.leases} leases for {count} users"
             if entry.state is State.READY:
                 assert not entry.tickets, "someone waits for a record that is ready"
-                assert entry.leases or not entry.transient, "a staged record outlives its use"
+                staged = entry.prefetched and not entry.lost
+                assert entry.leases or not entry.transient or staged, "a staged record outlives its use"
     for ticket in core._live.values():
         for key in ticket.leased:
-            entry = core._top.entries[key]
+            entry = core._entry(ticket, key)
             waits = entry.state is State.LOADING
             assert (ticket in entry.tickets) == waits, "an access is not told when its record arrives"
         for key in ticket.ready:
-            assert core._top.entries[key].state is State.READY and key in ticket.leased
+            assert core._entry(ticket, key).state is State.READY and key in ticket.leased
         if ticket.waiting:
             assert ticket in core._stuck, "an access waits and nobody remembers it"
-            assert not core._top.entries.keys() & set(ticket.waiting), "an access waits for a record that is there"
+            for key in ticket.waiting:
+                serving = core._tiers[key in ticket.in_place]
+                assert key not in serving.entries, "an access waits for a record that is there"
+        assert ticket.in_place <= set(ticket.access.keys), "a record is served in place that nobody needs"
     waiting = Counter(key for ticket in core._live.values() for key in ticket.waiting if core._lower)
     assert +core._wanted == waiting and all(count >= 0 for count in core._wanted.values()), "_wanted is miscounted"
 
 
 def _check_dirty(core: Residency) -> None:
-    for tier in core._lower:
-        for key, entry in tier.entries.items():
-            assert not entry.dirty, f"{key} is dirty below tier 0"
-            old = key in core._leaving and entry.state is State.READY
-            assert not old, f"an old version of {key} is kept below the one on its way home"
-            above = core._top.entries.get(key)
-            assert above is None or not above.dirty, f"an old version of {key} is kept below the dirty one"
+    """The newest version of a record is at home, or dirty in one place; what else there is of it is no older."""
+    for key in {key for tier in core._tiers for key in tier.entries} | set(core._leaving):
+        kept = [tier.entries[key] for tier in core._tiers if key in tier.entries]
+        dirty = [entry for entry in kept if entry.dirty]
+        assert len(dirty) <= 1, f"{key} is dirty twice"
+        if dirty:
+            below = [entry for entry in kept if entry.place.tier > dirty[0].place.tier and not entry.stale]
+            assert not below, f"an old version of {key} is kept below the dirty one"
+            assert dirty[0].place.tier < 2, f"{key} was changed in a tier where nothing computes"
+            assert dirty[0].state is State.READY and key not in core._leaving, f"two newest versions of {key}"
+        if key in core._leaving:
+            old = [entry for entry in kept if entry.state is State.READY]
+            assert not old, f"an old version of {key} is kept beside the one on its way home"
+    for tier in core._tiers:
+        for entry in tier.entries.values():
+            assert not entry.stale or entry.state is State.LOADING, "a record that was half copied is ready"
+
+
+def _check_doubles(core: Residency) -> None:
+    exclusive = core._exclusive
+    if exclusive is None:
+        return
+    kept = [
+        {key for key, entry in tier.entries.items() if entry.state is State.READY and not entry.transient}
+        for tier in core._tiers[:2]
+    ]
+    assert exclusive.doubles.keys() == kept[0] & kept[1], "the records that are kept twice are miscounted"
+    assert exclusive.ahead <= exclusive.doubles.keys(), "a record is to leave first that cannot leave at once"
+    for copy in core._orders.copies.values():
+        if copy.kind is Kind.DEMOTE:
+            above = core._top.entries[copy.key]
+            assert (copy.source.tier, copy.target.tier) == (0, 1) and above.state is State.READY
+            below = core._tiers[1].entries[copy.key]
+            assert below.stale or not above.dirty, "a changed record is copied down as if it were at home"

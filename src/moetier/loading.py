@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from moetier.errors import CheckpointError, ConfigError, MoetierError, UnsupportedModelError
 from moetier.hf import Options, TieredExpertsConfig, detach_experts, find_experts, map_experts, plan_for
+from moetier.mapping import DTYPES, LayerMap
 from moetier.plan import Plan
 from moetier.sizing import kv_nbytes
+from moetier.stores.opening import find_packed, original_shards
+from moetier.stores.packed_index import INDEX, RESIDENT, is_store
 from moetier.stores.shards import Shards
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_NOT_CONFIG = ("config", "dtype", "torch_dtype", "attn_implementation", "device_map", "trust_remote_code")
 _LOADER_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ArithmeticError)
 
 
@@ -35,7 +41,7 @@ def from_pretrained(
     """Load a Mixture-of-Experts model with its experts out of core.
 
     Args:
-        model: a folder with a safetensors checkpoint, or the id of one on the Hugging Face hub.
+        model: a folder with a safetensors checkpoint, the id of one on the Hugging Face hub, or a packed store.
         device_memory: GPU memory the run may take ("8GiB"); by default 80 % of what is free. Ignored without a GPU.
         host_memory: host memory the run may take beside the interpreter's own; by default 80 % of what is free.
         slots: size of the fastest tier as a number of experts or a share ("25%"); overrides its memory budget.
@@ -43,8 +49,8 @@ def from_pretrained(
         device: where to compute; by default the first GPU, else the CPU.
         model_class: the transformers class to load with.
         **kwargs: further fields of `moetier.Options` (admission, context, readers, io, split, record_events,
-            pin_after, profile, record_profile), and anything that `from_pretrained` of transformers takes (dtype,
-            attn_implementation, revision, …).
+            pin_after, profile, record_profile, store, cpu_experts), and anything that `from_pretrained` of
+            transformers takes (dtype, attn_implementation, revision, …).
 
     Returns:
         The ordinary transformers model, with its tiers reachable as `model.moetier`.
@@ -69,6 +75,8 @@ def from_pretrained(
     check_folder(folder)
     wants_info = kwargs.pop("output_loading_info", False)
     try:
+        if (folder / INDEX).is_file():
+            kwargs["config"] = _packed_config(folder, kwargs)
         loaded, info = model_class.from_pretrained(
             folder, quantization_config=config, output_loading_info=True, **kwargs
         )
@@ -121,19 +129,63 @@ def inspect(folder: Path, options: Options, device: torch.device | None = None, 
 
     Raises what `from_pretrained` would raise, but a budget below the minimum is a status of the plan.
     """
+    made = skeleton(folder, **kwargs)
+    packed = find_packed(made.shards, [m.layout for m in made.maps], options.store)
+    detach_experts(made.model, made.modules)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kv = kv_nbytes(made.model, options.context)
+    return plan_for(made.model, made.maps, options, device, made.top_k, kv, packed)
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without data, and where its experts are in the checkpoint."""
+
+    model: Any
+    modules: list[tuple[str, Any]]
+    shards: Shards
+    maps: list[LayerMap]
+    top_k: int
+
+
+def skeleton(
+    folder: Path, dtype: torch.dtype | None = None, model_class: Any = AutoModelForCausalLM, **kwargs: Any
+) -> Skeleton:
+    """Build a model on the meta device and map its experts; `dtype` None is what the config says.
+
+    Raises `CheckpointError`, `UnsupportedModelError`, `ConfigError` as `from_pretrained` does.
+    """
     shards = check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
-        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(shards)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+            make = getattr(model_class, "from_config", None) or model_class._from_config
+            model = make(config, dtype=dtype, **kwargs)
     except _LOADER_ERRORS as error:
         raise translate(error, folder) from error
     modules = find_experts(model)
     maps, top_k = map_experts(model, modules, shards, dtype)
-    detach_experts(model, modules)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return plan_for(model, maps, options, device, top_k, kv_nbytes(model, options.context))
+    return Skeleton(model, modules, shards, maps, top_k)
+
+
+def _stored_dtype(shards: Shards) -> torch.dtype:
+    """What the loader takes where the config says nothing: the dtype of the first weight."""
+    entries = sorted(shards.tensors.values(), key=lambda entry: (entry.file, entry.offset))
+    return next((DTYPES[entry.dtype] for entry in entries if entry.dtype in DTYPES), torch.float32)
+
+
+def _packed_config(folder: Path, kwargs: dict[str, Any]) -> Any:
+    """The configuration of a packed store, which says where the weights are that are not experts."""
+    config = kwargs.get("config")
+    if config is None:
+        known = {name: kwargs[name] for name in ("trust_remote_code", "code_revision") if name in kwargs}
+        config = AutoConfig.from_pretrained(folder, **known)
+    config = copy.deepcopy(config)
+    for name in [name for name in kwargs if name not in _NOT_CONFIG and hasattr(config, name)]:
+        setattr(config, name, kwargs.pop(name))
+    config.transformers_weights = RESIDENT
+    return config
 
 
 def check_folder(folder: Path) -> Shards:
@@ -157,7 +209,7 @@ def check_folder(folder: Path) -> Shards:
         )
     if "auto_map" not in config:
         _check_values(path, config)
-    return Shards.open(folder)
+    return original_shards(folder) if is_store(folder) else Shards.open(folder)
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:

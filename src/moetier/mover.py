@@ -19,7 +19,7 @@ from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
 from moetier.overlap import Busy
 from moetier.stores import ExpertStore, WritableStore
-from moetier.tiers import Copy, Kind
+from moetier.tiers import BACKGROUND, Copy, Kind
 
 if TYPE_CHECKING:
     from moetier.timeline import Timeline
@@ -52,7 +52,7 @@ class Link:
     """A path between two neighbouring tiers: its queues, its threads, and what it moved.
 
     `latencies`, if it is a list, gets the seconds of every operation (one part of a copy), and `ends`, if it is one,
-    the time (of `time.perf_counter`) at which every copy was through.
+    the time (of `time.perf_counter`) at which every copy was through (to a GPU: enqueued).
     """
 
     def __init__(self, name: str, threads: int, work: Work, drains: bool = False, whole: Busy | None = None):
@@ -62,16 +62,29 @@ class Link:
         self.demand: deque[Flight] = deque()
         self.prefetch: deque[Flight] = deque()
         self.nbytes = 0
-        self.busy_seconds = 0.0  # summed over threads
-        self.busy = Busy(whole)  # the time in which any of them was busy
+        self.thread_seconds = 0.0  # at work, summed over threads
+        self.busy = Busy(whole)  # the time in which any thread was at work
         self.copies = 0
         self.operations = 0
+        self.clock: Callable[[], float] | None = None  # where copies go on behind their threads
         self.latencies: list[float] | None = None
         self.ends: list[float] | None = None
 
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds of work, summed over threads; of a link to a GPU, seconds with a copy under way."""
+        return self.thread_seconds if self.clock is None else self.clock()
+
+    def union_seconds(self, now: float) -> float:
+        """Seconds with at least one request under way, up to `now`; of a link to a GPU, of the copies that ended."""
+        return self.busy.seconds(now) if self.clock is None else self.clock()
+
 
 class ThreadMover:
-    """Moves records home → host with a pool of readers and host → device with one copier, and changed ones home again.
+    """Moves records home → host with a pool of readers, host ↔ device with a copier each way, and changed ones home.
+
+    To a GPU, a demanded record is enqueued by the thread that orders it; a prefetched one by the copier thread, which
+    keeps little in the queue. Both are reported when they are enqueued: see `docs/gpu.md`.
 
     The way home has links only where the store can be written; from a device it leads through a few bounce slots in
     host memory.
@@ -95,17 +108,20 @@ class ThreadMover:
         self._h2d = Link("host→device", 1, self._copy_to_device, whole=self.io)
         self._d2h = Link("device→host", 1, self._copy_from_device, drains=True, whole=self.io)
         self._write = Link("host→disk", writers, self._write_home, drains=True, whole=self.io)
-        self.links = [self._disk] if device is None else [self._disk, self._h2d]
+        self.links = [self._disk] if device is None else [self._disk, self._h2d, self._d2h]
         self._writable = store if isinstance(store, WritableStore) else None
         self._bounce: HostArena | None = None
         self._bounce_free: list[int] = []
         self._bounce_condition = threading.Condition()
         if self._writable is not None:
-            self.links += [self._write] if device is None else [self._d2h, self._write]
+            self.links.append(self._write)
             if device is not None:
                 self._bounce = HostArena(writers + 1, store.slot_nbytes, host.page_locked)
                 self._bounce_free = list(range(writers + 1))
         self._home = 1 if device is None else 2
+        self._enqueues = isinstance(device, DeviceArena) and host.page_locked  # else enqueueing a copy takes as long
+        if isinstance(device, DeviceArena):
+            self._h2d.clock = device.busy_seconds
         self._threads: list[threading.Thread] = []
         self._pid: int | None = None
         self._closed: set[Link] = set()
@@ -119,16 +135,19 @@ class ThreadMover:
                 self._start_write_back(copy)
                 continue
             from_home = copy.source.tier == self._home
-            link = self._disk if from_home else self._h2d
+            link = self._disk if from_home else self._d2h if copy.kind is Kind.DEMOTE else self._h2d
             flight = Flight(copy, self._store.segments(copy.key) if from_home else 1)
-            self._queue(link, flight, copy.kind is Kind.PREFETCH)
+            if link is self._h2d and self._enqueues and copy.kind not in BACKGROUND:
+                self._enqueue(flight)
+            else:
+                self._queue(link, flight, copy.kind in BACKGROUND)
 
     def _start_write_back(self, copy: Copy) -> None:
         if self._writable is None:
             flight = Flight(copy, 0)
             flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
             self._finish(flight)
-        elif self._device is not None:
+        elif self._device is not None and copy.source.tier == 0:
             self._queue(self._d2h, Flight(copy, 1))
         else:
             self._queue(self._write, Flight(copy, self._store.segments(copy.key)))
@@ -138,14 +157,44 @@ class ThreadMover:
             (link.prefetch if prefetch else link.demand).append(flight)
             link.condition.notify(min(flight.parts, link.threads))
 
+    def _enqueue(self, flight: Flight) -> None:
+        """Hand a copy to the device, and report it: events order the rest, so that no thread has to wait for it."""
+        begin = time.perf_counter()
+        nbytes = 0
+        try:
+            nbytes = self._copy_to_device(flight, 0)
+        except BaseException as error:
+            flight.error = error
+        probe = self.probe
+        if probe is not None:
+            probe.part(self._h2d.name, flight.copy, 0, begin, time.perf_counter(), nbytes)
+        with self._h2d.condition:
+            self._h2d.nbytes += nbytes
+            self._h2d.operations += 1
+            self._h2d.copies += 1
+            if self._h2d.ends is not None:
+                self._h2d.ends.append(time.perf_counter())
+        self._finish(flight)
+
     def promote(self, copy_ids: Iterable[int]) -> None:
-        """Treat queued prefetches as demand loads from now on."""
+        """Treat queued background copies as demanded ones from now on."""
         wanted = set(copy_ids)
         for link in self.links:
             with link.condition:
                 for flight in [flight for flight in link.prefetch if flight.copy.id in wanted]:
                     link.prefetch.remove(flight)
                     link.demand.append(flight)
+
+    def withdraw(self, copy_ids: Iterable[int]) -> list[int]:
+        """Drop those of the copies that nobody has begun, and say which. They are not reported any more."""
+        unwanted, withdrawn = set(copy_ids), []
+        for link in self.links:
+            with link.condition:
+                for flight in [flight for flight in link.prefetch if flight.copy.id in unwanted]:
+                    if flight.next_part == 0:
+                        link.prefetch.remove(flight)
+                        withdrawn.append(flight.copy.id)
+        return withdrawn
 
     def close(self) -> None:
         """Stop the threads: loads after the copies they are in, write-backs when all that were ordered are done."""
@@ -204,7 +253,7 @@ class ThreadMover:
                 probe.part(link.name, flight.copy, part, begin, begin + elapsed, nbytes)
             with link.condition:
                 link.nbytes += nbytes
-                link.busy_seconds += elapsed
+                link.thread_seconds += elapsed
                 link.operations += 1
                 if link.latencies is not None:
                     link.latencies.append(elapsed)
@@ -213,7 +262,7 @@ class ThreadMover:
                 link.copies += ended
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
-            if ended and link is self._d2h and flight.error is None:
+            if ended and link is self._d2h and flight.copy.kind is Kind.WRITE_BACK and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)
             elif ended:
@@ -233,6 +282,7 @@ class ThreadMover:
     def _read(self, flight: Flight, part: int) -> int:
         copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
+        self._host.wait_unread(copy.target.slot)
         into = self._host.memory(copy.target.slot, self._store.phase(key), nbytes)
         return self._store.read(key, part, into)
 
@@ -240,12 +290,24 @@ class ThreadMover:
         assert self._device is not None
         copy, key = flight.copy, flight.copy.key
         nbytes = self._store.layout(key.layer).nbytes
-        self._device.fill(copy.target.slot, self._host.record(copy.source.slot, self._store.phase(key), nbytes))
+        source = self._host.record(copy.source.slot, self._store.phase(key), nbytes)
+        if isinstance(self._device, DeviceArena):
+            behind = copy.kind in BACKGROUND or not self._enqueues
+            fill = self._device.fill_behind if behind else self._device.fill
+            self._host.hold(copy.source.slot, fill(copy.target.slot, source))
+        else:
+            self._device.fill(copy.target.slot, source)
         return nbytes
 
     def _copy_from_device(self, flight: Flight, part: int) -> int:
-        assert self._device is not None and self._bounce is not None
+        assert self._device is not None
         copy, key = flight.copy, flight.copy.key
+        if copy.kind is Kind.DEMOTE:
+            nbytes = self._store.layout(key.layer).nbytes
+            self._host.wait_unread(copy.target.slot)
+            self._device.save(copy.source.slot, self._host.record(copy.target.slot, self._store.phase(key), nbytes))
+            return nbytes
+        assert self._bounce is not None
         with self._bounce_condition:
             while not self._bounce_free:
                 self._bounce_condition.wait()

@@ -23,7 +23,7 @@ from moetier.tiers import Kind
 from moetier.timeline import COMPUTE, AccessSpan, Compute, Part, Step, Timeline, Track, Wait
 
 Spans = list[tuple[float, float, Any]]
-_KINDS = {Kind.LOAD: "demand", Kind.PREFETCH: "prefetch", Kind.WRITE_BACK: "write back"}
+_KINDS = {Kind.LOAD: "demand", Kind.PREFETCH: "prefetch", Kind.WRITE_BACK: "write back", Kind.DEMOTE: "demote"}
 _PREFETCHES = "prefetch outcomes"
 _BUCKETS = 4000  # of a bandwidth curve at most
 _BUCKET_SECONDS = 1e-3  # at least
@@ -82,13 +82,15 @@ def trace_events(timeline: Timeline) -> Iterator[dict[str, Any]]:
         yield _meta(pid, tid, "thread_sort_index", sort_index=tid)
     if outcomes:
         yield _meta(pids[_PREFETCHES], 1, "thread_name", name="useful, late, wasted")
-    lates = _lates(timeline)
-    streams: list[Iterable[dict[str, Any]]] = [_complete(pid, tid, spans, lates) for pid, tid, _, spans in lanes]
+    lates, behind = _lates(timeline), {pids[link] for link in timeline.enqueued}
+    streams: list[Iterable[dict[str, Any]]] = [
+        _complete(pid, tid, spans, lates, pid in behind) for pid, tid, _, spans in lanes
+    ]
     by_link: dict[str, list[Part]] = defaultdict(list)
     for track in tracks:
         by_link[track.group] += [event for event in list(track.events) if isinstance(event, Part)]
     for link, parts in by_link.items():
-        if parts:
+        if parts and link not in timeline.enqueued:
             streams += [_bandwidth(pids[link], parts, timeline), _in_flight(pids[link], parts, timeline)]
     streams.append(
         {
@@ -127,10 +129,15 @@ def _lanes(track: Track, origin: float) -> list[Spans]:
     return lanes
 
 
-def _complete(pid: int, tid: int, spans: Spans, lates: dict[int, int]) -> Iterator[dict[str, Any]]:
+def _complete(
+    pid: int, tid: int, spans: Spans, lates: dict[int, int], behind: bool = False
+) -> Iterator[dict[str, Any]]:
+    """`behind`: the copies go on after their spans, which say nothing of the link's rate."""
     for begin, end, event in spans:
         start = _nanoseconds(begin)
         name, category, args = _described(event, lates)
+        if behind:
+            name, args["GB/s"] = f"enqueue {name}", None
         yield {
             "ph": "X",
             "name": name,
@@ -245,7 +252,7 @@ def _flights(timeline: Timeline) -> dict[ExpertKey, list[_Flight]]:
     """Copies into the fastest tier, per key, by their begin."""
     found: dict[int, _Flight] = {}
     for part in timeline.events(Part):
-        if part.copy.target.tier == 0 and part.copy.kind is not Kind.WRITE_BACK:
+        if part.copy.target.tier == 0 and part.copy.kind in (Kind.LOAD, Kind.PREFETCH):
             found.setdefault(part.copy.id, _Flight(part)).add(part)
     by_key: dict[ExpertKey, list[_Flight]] = defaultdict(list)
     for flight in sorted(found.values(), key=lambda flight: flight.begin):

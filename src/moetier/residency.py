@@ -19,8 +19,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from moetier import endings, in_place, prefetching
 from moetier.access import Access, ExpertKey
 from moetier.errors import CapacityError, ConfigError
+from moetier.exclusive import Exclusive
+from moetier.misses import MissPolicy
 from moetier.tiers import (
     LEAVING,
     LOADING,
@@ -37,29 +40,41 @@ from moetier.tiers import (
     Tier,
     TierConfig,
 )
+from moetier.victims import room_in
 
 
 class Residency:
-    """Decides residency for `layers` x `experts` records over `tiers` (fastest first) plus home."""
+    """Decides residency for `layers` x `experts` records over `tiers` (fastest first) plus home.
 
-    def __init__(self, tiers: Sequence[TierConfig], layers: int, experts: int):
+    `misses` chooses the misses of tier 0 that are served in tier 1, in place; nothing is if it is None.
+    """
+
+    def __init__(self, tiers: Sequence[TierConfig], layers: int, experts: int, misses: MissPolicy | None = None):
         if not tiers:
             raise ConfigError("at least one tier is needed above home")
+        if misses is not None and len(tiers) < 2:
+            raise ConfigError("a miss can be served in place only where there is a second tier to serve it in")
+        self.misses = misses
         self.configs, self.layers, self.experts = tuple(tiers), layers, experts
         self._tiers = [Tier(index, config, layers, experts) for index, config in enumerate(tiers)]
         self._top, self._lower = self._tiers[0], self._tiers[1:]
         self._home = Place(len(tiers), -1)
+        self._exclusive: Exclusive | None = None
+        if any(tier.config.exclusive for tier in self._lower):
+            self._exclusive = Exclusive(self, self._top, self._tiers[1])
         self._orders = Orders()
         self._leaving: dict[ExpertKey, Entry] = {}  # dirty records on their way home; until then home is out of date
         self._wanted: Counter[ExpertKey] = Counter()  # keys that wait for tier 0, and must not leave a tier below
         self._stuck: list[Ticket] = []  # accesses that wait for slots
         self._live: dict[int, Ticket] = {}
         self._pinned: set[ExpertKey] = set()
-        self.promoted: list[int] = []  # prefetches in flight that are now demanded; the mover moves them forward
+        self.promoted: list[int] = []  # background copies in flight that are now demanded; the mover moves them forward
+        self.obsolete: list[int] = []  # prefetches taken that nobody wants; the mover drops what it has not begun
         self.prefetches = self.useful_prefetches = self.late_prefetches = self.wasted_prefetches = 0
         self._next_copy = self._next_ticket = 0
         self._digest = 0
         self._last = Access(0, 0, ())
+        self._round = 0  # passes through the layers
 
     # -- the calls that a run makes, in the order it makes them ------------------------------------------------------
 
@@ -69,8 +84,9 @@ class Residency:
         ticket = Ticket(self._next_ticket, access)
         if access.keys:
             self._live[ticket.number] = ticket
-        self._last = access
         top, layer = self._top, access.layer
+        self._round += layer <= self._last.layer
+        self._last = access
         for tier in self._tiers:
             tier.policy.on_access(access)
         entries, on_hit = top.entries, top.policy.on_hit
@@ -95,7 +111,9 @@ class Residency:
             if self._lower:
                 self._wanted.update(missing)
                 self._classify_below(missing, access)
-            ticket.waiting = missing
+            if self._exclusive is not None:
+                self._exclusive.due = True
+            ticket.waiting = missing if self.misses is None else in_place.split(self, ticket, missing, self.misses)
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
@@ -105,19 +123,20 @@ class Residency:
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
         """The math is done with `key`; `dirty` if it changed the record."""
         ticket.leased.remove(key)
-        entry = self._top.entries[key]
+        entry = self._entry(ticket, key)
         entry.leases -= 1
         if dirty:
             entry.dirty = True
-            for tier in self._lower:  # an older version below is worthless now
-                if key in tier.entries:
-                    self._drop(tier.entries[key])
+            if self._lower:
+                in_place.supersede(self, entry)
         if entry.transient:
             self._drop_if_unused(entry)
-        if not ticket.leased and ticket.done:
-            del self._live[ticket.number]
         if self._stuck:
             self._serve_stuck()
+        if not ticket.leased and ticket.done:
+            del self._live[ticket.number]
+            if self._exclusive is not None:
+                self._exclusive.after(ticket.access)
 
     def abort(self, ticket: Ticket) -> None:
         """Give up the rest of an access: after a failure, or when the caller stops early."""
@@ -125,7 +144,7 @@ class Residency:
             self._wanted.subtract(ticket.waiting)
         ticket.waiting = []
         for key in sorted(ticket.leased):
-            entry = self._top.entries[key]
+            entry = self._entry(ticket, key)
             entry.leases -= 1
             if entry.state is LOADING:
                 entry.tickets.remove(ticket)
@@ -134,17 +153,21 @@ class Residency:
         ticket.ready.clear()
         self._live.pop(ticket.number, None)
         self._serve_stuck()
+        if self._exclusive is not None:
+            self._exclusive.after(ticket.access)
 
     def completed(self, copy_id: int, ok: bool = True) -> None:
         """A copy ended. With `ok` false nothing arrived: whoever waits for it is told through `Ticket.failed`."""
         copy = self._orders.copies.pop(copy_id)
         self._digest = hash((self._digest, copy_id, ok))
         if copy.kind is Kind.WRITE_BACK:
-            self._wrote_back(copy, ok)
+            endings.wrote_back(self, copy, ok)
         elif ok:
-            self._landed(copy)
+            endings.landed(self, copy)
         else:
-            self._failed(copy)
+            endings.failed(self, copy)
+            if copy.kind is Kind.DEMOTE:  # nothing is lost yet: it was copied, not moved
+                self._top.entries[copy.key].lost = True
         if self._orders.dependents:
             self._orders.unblock(copy_id)
         if self._stuck:
@@ -154,29 +177,24 @@ class Residency:
         """The orders since the last call; demand loads before prefetches."""
         return self._orders.take()
 
-    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
-        """Start loading `key` before it is demanded, into a free slot, or over a victim if `displace`."""
-        if key in self._top.entries:
-            return False
-        rooms = [self._room(tier, int(displace), self._last) for tier in self._tiers[: self._depth(key)]]
-        grants = self._grants(key, rooms)
-        if not grants or STAGING in grants:
-            return False
-        self._fill(key, grants, Kind.PREFETCH, self._last)
-        self.prefetches += 1
-        return True
+    def prefetch(self, key: ExpertKey, displace: bool = False, staged: bool = False) -> bool:
+        """Start loading `key` before it is demanded: into a free slot, or over a victim if `displace`.
+
+        A `staged` one takes a staging slot, displaces nothing, and is gone after its first use. No prefetch evicts what
+        is live or just loaded (`prefetching.py`).
+        """
+        return prefetching.prefetch(self, key, displace, staged)
 
     def cancel(self, key: ExpertKey) -> bool:
-        """Undo a prefetch whose order was not taken yet and that nobody waits for."""
-        entry = self._top.entries.get(key)
-        copy = self._orders.withdraw(entry.copy) if entry is not None and entry.prefetched else None
-        if entry is None or copy is None:
-            return False
-        entry.prefetched = False
-        self.prefetches -= 1
-        self._failed(copy)
-        self._serve_stuck()
-        return True
+        """Undo a prefetch that nobody waits for; True if nothing of it will reach tier 0.
+
+        Orders that were taken already are put into `obsolete`; a mover that has not begun them answers `cancelled`.
+        """
+        return prefetching.cancel(self, key)
+
+    def cancelled(self, copy_id: int) -> None:
+        """The mover had not begun a copy that is `obsolete`, and will not."""
+        prefetching.cancelled(self, copy_id)
 
     def pin(self, key: ExpertKey) -> None:
         """Keep `key` in tier 0 once it is resident there. Raises `CapacityError` beyond half of the tier."""
@@ -194,9 +212,9 @@ class Residency:
 
     # -- what others may ask ------------------------------------------------------------------------------------------
 
-    def place(self, key: ExpertKey) -> Place:
-        """Where a leased key is in tier 0."""
-        return self._top.entries[key].place
+    def place(self, key: ExpertKey, ticket: Ticket | None = None) -> Place:
+        """Where a key that a ticket has leased is: in tier 1 if the ticket is served there, else in tier 0."""
+        return (self._top.entries[key] if ticket is None else self._entry(ticket, key)).place
 
     def residents(self, tier: int = 0) -> set[ExpertKey]:
         """Keys that are ready in a tier."""
@@ -232,6 +250,10 @@ class Residency:
 
     # -- serving misses -----------------------------------------------------------------------------------------------
 
+    def _entry(self, ticket: Ticket, key: ExpertKey) -> Entry:
+        """The record that a ticket has leased."""
+        return self._tiers[key in ticket.in_place].entries[key]
+
     def _join(self, ticket: Ticket, entry: Entry) -> bool:
         """Lease an entry for a ticket; True if it is still on its way."""
         entry.leases += 1
@@ -240,20 +262,22 @@ class Residency:
             entry.prefetched = False
             self.useful_prefetches += 1
             self.late_prefetches += entry.state is LOADING
-            self._promote(entry.key)
         if entry.state is READY:
             ticket.ready.append(entry.key)
             return False
+        self._promote(entry.key)
         entry.tickets.append(ticket)
         return True
 
     def _promote(self, key: ExpertKey) -> None:
-        """A prefetch is demanded now: every copy of its chain that has not ended."""
+        """What nobody waited for is demanded now: every load of its chain that has not ended."""
         for tier in self._tiers:
             entry = tier.entries.get(key)
             if entry is not None and entry.state is LOADING:
-                self._orders.copies[entry.copy] = self._orders.copies[entry.copy]._replace(kind=Kind.LOAD)
-                self.promoted.append(entry.copy)
+                copy = self._orders.copies[entry.copy]
+                if copy.kind is Kind.PREFETCH:
+                    self._orders.copies[entry.copy] = copy._replace(kind=Kind.LOAD)
+                    self.promoted.append(entry.copy)
 
     def _classify_below(self, missing: list[ExpertKey], access: Access) -> None:
         for tier in self._lower:
@@ -282,14 +306,16 @@ class Residency:
         waiting, ticket.waiting = ticket.waiting, []
         rooms: list[Room] = []
         for key in waiting:
+            first = 1 if key in ticket.in_place else 0  # the tier that serves it
             depth = self._depth(key) if self._lower else 1
             while len(rooms) < depth:
-                rooms.append(self._room(self._tiers[len(rooms)], len(waiting), ticket.access))
-            grants = self._grants(key, rooms[:depth])
+                above = rooms[-1] if rooms else None
+                rooms.append(room_in(self, self._tiers[len(rooms)], len(waiting), ticket.access, above))
+            grants = self._grants(key, rooms[first:depth])
             if not grants:
                 ticket.waiting.append(key)
                 continue
-            entry = self._fill(key, grants, Kind.LOAD, ticket.access)
+            entry = self._fill(key, grants, Kind.LOAD, ticket.access, first)
             entry.leases += 1
             entry.tickets.append(ticket)
             ticket.leased.add(key)
@@ -313,58 +339,15 @@ class Residency:
             self._advance(ticket)
         self._stuck = [ticket for ticket in self._stuck if ticket.waiting]
 
-    def _room(self, tier: Tier, wanted: int, access: Access) -> Room:
-        """What a tier can give to a batch of misses that would displace up to `wanted` records."""
-        room = Room(tier, access)
-        need = wanted - max(0, room.spare)
-        if need > 0:
-            room.victims = self._eligible(tier, need, access)[::-1]
-        return room
-
-    def _eligible(self, tier: Tier, need: int, access: Access) -> list[Entry]:
-        """Up to `need` victims in the policy's order, the per-layer floor respected while others exist."""
-        entries, floor = tier.entries, tier.config.floor
-        kept, wanted = (self._pinned, None) if tier is self._top else (None, self._wanted)
-        picked: list[Entry] = []
-        below_floor: list[Entry] = []
-        taken: dict[int, int] = {}
-        for key in tier.policy.victims(access):
-            entry = entries[key]
-            if entry.leases or entry.state is not READY or (kept and key in kept):
-                continue
-            if wanted and wanted[key]:  # an access still needs it from here
-                continue
-            if floor:
-                layer = key[0]
-                if layer != access.layer and tier.residents[layer] - taken.get(layer, 0) <= floor:
-                    below_floor.append(entry)
-                    continue
-                taken[layer] = taken.get(layer, 0) + 1
-            picked.append(entry)
-            if len(picked) == need:
-                return picked
-        return picked + below_floor[: need - len(picked)]
-
-    def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access) -> Entry:
-        """Take a granted slot in each of the tiers above the one that has `key`; order the copies up to tier 0."""
-        depth = len(grants)
+    def _fill(self, key: ExpertKey, grants: list[Grant], kind: Kind, access: Access, first: int = 0) -> Entry:
+        """Take a granted slot in tiers `first` and below, down to the one that has `key`; order the copies up."""
+        depth = first + len(grants)
         source = self._tiers[depth].entries[key] if depth < self._home.tier else None
-        for index in range(depth - 1, -1, -1):
-            tier, grant = self._tiers[index], grants[index]
-            blockers = []
-            self._next_copy += 1
-            if isinstance(grant, Entry):
-                entry = Entry(tier, key, grant.place, self._next_copy)
-                tier.evictions += 1
-                self._evict(grant)
-                if grant.dirty:
-                    grant.heir, entry.after = entry, grant
-                    blockers.append(grant.copy)
-            else:
-                entry = Entry(tier, key, tier.free.pop(), self._next_copy)
-                entry.transient = grant is STAGING
-                tier.staged += entry.transient
-            tier.insert(entry, access)
+        if source is not None and source.state is LOADING and kind is Kind.LOAD:
+            self._promote(key)
+        for index in range(depth - 1, first - 1, -1):
+            entry = self._occupy(self._tiers[index], key, grants[index - first], access)
+            blockers = [] if entry.after is None else [entry.after.copy]
             if source is not None:
                 source.leases += 1  # it stays until the copy has read it
                 if source.state is LOADING:
@@ -375,18 +358,48 @@ class Residency:
             self._digest = hash((self._digest, copy))
             self._orders.add(copy, blockers)
             source = entry
-        entry.prefetched = kind is Kind.PREFETCH
-        if self._stuck:
-            self._share(entry)
+            entry.prefetched = kind is Kind.PREFETCH and not index
+            if self._stuck and index < 2:
+                self._share(entry)
         return entry
+
+    def _occupy(self, tier: Tier, key: ExpertKey, grant: Grant, access: Access) -> Entry:
+        """Enter `key` into a granted slot; `after` it has who must be home first."""
+        self._next_copy += 1
+        if isinstance(grant, Entry):
+            entry = Entry(tier, key, grant.place, self._next_copy, self._round)
+            entry.transient = grant.transient  # a staged prefetch gives way
+            tier.evictions += not grant.transient
+            self._evict(grant)
+            if grant.dirty:
+                grant.heir, entry.after = entry, grant
+        else:
+            entry = Entry(tier, key, tier.free.pop(), self._next_copy, self._round)
+            entry.transient = grant is STAGING
+        tier.staged += entry.transient
+        tier.insert(entry, access)
+        return entry
+
+    def _demote(self, above: Entry, grant: Grant, access: Access) -> int:
+        """Copy a record of tier 0 down into a granted slot of tier 1; the number of the copy."""
+        entry = self._occupy(self._tiers[1], above.key, grant, access)
+        blockers = [] if entry.after is None else [entry.after.copy]
+        above.leases += 1
+        copy = Copy(entry.copy, above.key, above.place, entry.place, Kind.DEMOTE)
+        self._digest = hash((self._digest, copy))
+        self._orders.add(copy, blockers)
+        return copy.id
 
     def _share(self, entry: Entry) -> None:
         """Accesses that wait for a slot for this very record do not need one any more."""
+        key = entry.key
         for ticket in self._stuck:
-            if entry.key in ticket.waiting:
-                ticket.waiting.remove(entry.key)
+            if key in ticket.waiting and (entry.tier is self._top or key in ticket.in_place):
+                ticket.waiting.remove(key)
+                if entry.tier is self._top:
+                    ticket.in_place -= {key}
                 if self._lower:
-                    self._wanted[entry.key] -= 1
+                    self._wanted[key] -= 1
                 self._join(ticket, entry)
 
     # -- leaving slots ------------------------------------------------------------------------------------------------
@@ -394,7 +407,11 @@ class Residency:
     def _evict(self, entry: Entry) -> None:
         """Take a record out of its tier, and send it home if it is dirty; its slot is the caller's to give."""
         entry.tier.remove(entry)
+        if self._exclusive is not None and entry.place.tier < 2:
+            self._exclusive.gone(entry)
         self.wasted_prefetches += entry.prefetched
+        if entry.dirty and entry.tier is not self._top and entry.key in self._top.entries:
+            self._top.entries[entry.key].dirty, entry.dirty = True, False  # the same version stays above
         if entry.dirty:
             entry.state = LEAVING
             entry.tier.write_backs += 1
@@ -412,54 +429,8 @@ class Residency:
             entry.tier.free.append(entry.place)
 
     def _drop_if_unused(self, entry: Entry) -> None:
-        if entry.transient and not entry.leases and entry.state is READY:
+        if entry.transient and not entry.leases and entry.state is READY and (entry.lost or not entry.prefetched):
             self._drop(entry)
-
-    # -- endings of copies --------------------------------------------------------------------------------------------
-
-    def _source_read(self, copy: Copy) -> None:
-        if copy.source != self._home:
-            entry = self._tiers[copy.source.tier].entries[copy.key]
-            entry.leases -= 1
-            self._drop_if_unused(entry)
-
-    def _landed(self, copy: Copy) -> None:
-        self._source_read(copy)
-        entry = self._tiers[copy.target.tier].entries[copy.key]
-        entry.state = READY
-        for ticket in entry.tickets:
-            ticket.ready.append(copy.key)
-        entry.tickets.clear()
-        self._drop_if_unused(entry)
-
-    def _failed(self, copy: Copy) -> None:
-        """Undo a load that will not arrive, and every copy that waits for it."""
-        for dependent in self._orders.undo_dependents(copy.id):
-            self._failed(dependent)
-        self._source_read(copy)
-        entry = self._tiers[copy.target.tier].entries[copy.key]
-        entry.tier.remove(entry)
-        self.wasted_prefetches += entry.prefetched
-        for ticket in entry.tickets:
-            ticket.failed = copy.id
-            ticket.leased.remove(copy.key)
-        if entry.after is None:
-            entry.tier.free.append(entry.place)
-        else:
-            entry.after.heir = None
-
-    def _wrote_back(self, copy: Copy, ok: bool) -> None:
-        entry = self._leaving.pop(copy.key)
-        if not ok:  # nothing is lost: the record stays where it was, dirty
-            for dependent in self._orders.undo_dependents(copy.id):
-                self._failed(dependent)
-            entry.state, entry.transient = READY, False
-            entry.tier.insert(entry, self._last)
-            self._share(entry)
-        elif entry.heir is None:
-            entry.tier.free.append(entry.place)
-        else:
-            entry.heir.after = None
 
     def check(self) -> None:
         """Raise `AssertionError` if an invariant does not hold. For tests; reads everything."""

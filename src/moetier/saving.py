@@ -39,6 +39,11 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
             return
         if kwargs.pop("push_to_hub", False):
             raise ConfigError("push_to_hub is not supported for tiered models; save to a folder and upload that")
+        if shards.known:
+            raise ConfigError(
+                f"{shards.files[0].parent}: a model that was loaded from a packed store cannot be saved; make the "
+                "checkpoint again (moetier unpack) and load that"
+            )
         folder = Path(save_directory)
         if any(folder.resolve() == file.resolve().parent or folder.resolve() == file.parent for file in shards.files):
             raise ConfigError(f"{folder} holds the checkpoint that the experts are read from; save to another folder")

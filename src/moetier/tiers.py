@@ -1,12 +1,12 @@
 """What the residency core keeps its books in: copy orders, records in slots, tickets, tiers.
 
-Plain data with no decisions in it; `residency.py` is the only writer.
+Plain data with no decisions in it; `residency.py` and its parts are the only writers.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import NamedTuple
@@ -29,6 +29,7 @@ class Kind(IntEnum):
     LOAD = 0  # on demand
     PREFETCH = 1
     WRITE_BACK = 2
+    DEMOTE = 3  # a clean record of tier 0 down into tier 1, in the background
 
 
 class Copy(NamedTuple):
@@ -39,6 +40,9 @@ class Copy(NamedTuple):
     source: Place
     target: Place
     kind: Kind
+
+
+BACKGROUND = (Kind.PREFETCH, Kind.DEMOTE)  # nobody waits for these: demand goes first
 
 
 class State(Enum):
@@ -62,15 +66,18 @@ class Entry:
         "heir",
         "key",
         "leases",
+        "lost",
         "place",
         "prefetched",
+        "round",
+        "stale",
         "state",
         "tickets",
         "tier",
         "transient",
     )
 
-    def __init__(self, tier: Tier, key: ExpertKey, place: Place, copy: int):
+    def __init__(self, tier: Tier, key: ExpertKey, place: Place, copy: int, round: int = 0):
         self.tier = tier
         self.key = key
         self.place = place
@@ -80,6 +87,9 @@ class Entry:
         self.dirty = False
         self.transient = False  # staged: dropped after use, unknown to the policy
         self.prefetched = False  # by a prefetch, not demanded yet
+        self.round = round  # of the model, in which it was loaded
+        self.lost = False  # its demotion failed, it goes without; staged: not wanted any more, it goes on arrival
+        self.stale = False  # LOADING, and its source was changed meanwhile: copied once more
         self.after: Entry | None = None  # the leaving record that must be home before the slot can be filled
         self.heir: Entry | None = None  # the other way round
         self.tickets: list[Ticket] = []  # who waits for it, while LOADING
@@ -89,16 +99,20 @@ FREE, STAGING = "free", "staging"  # slots that nobody has to leave
 Grant = Entry | str
 
 
+NOWHERE: frozenset[ExpertKey] = frozenset()
+
+
 class Ticket:
     """One access being served. `ready` holds leased keys in the order they became so; the caller pops and releases."""
 
-    __slots__ = ("access", "failed", "leased", "number", "ready", "waiting")
+    __slots__ = ("access", "failed", "in_place", "leased", "number", "ready", "waiting")
 
     def __init__(self, number: int, access: Access):
         self.number = number
         self.access = access
         self.ready: deque[ExpertKey] = deque()
         self.leased: set[ExpertKey] = set()  # ready, in use, or loading
+        self.in_place: frozenset[ExpertKey] = NOWHERE  # of its keys, those served in tier 1 instead of tier 0
         self.waiting: list[ExpertKey] = []  # no slot yet: the access runs in waves
         self.failed: int | None = None  # id of a copy that failed; the caller must abort
 
@@ -111,13 +125,20 @@ class Ticket:
 @dataclass(frozen=True, slots=True)
 class TierConfig:
     """One tier. `staging` slots serve misses that admission turns away (without any, it cannot turn away); `floor`
-    residents a layer are not displaced by other layers while another victim exists."""
+    residents a layer are not displaced by other layers while another victim exists.
+
+    Of tier 1 only: `exclusive` keeps a record once in tiers 0 and 1 where both are full (`exclusive.py`). The next
+    `spare` victims of tier 0 are then copied down ahead of time; with `refill`, for a disk that is cheaper than the
+    link, what has left tier 0 is read from home again instead."""
 
     slots: int
     policy: str = "horizon"
     admission: str = "always"
     staging: int = 0
     floor: int = 0
+    exclusive: bool = False
+    spare: int = 0
+    refill: bool = False
 
 
 def configure(
@@ -145,7 +166,13 @@ class Tier:
             raise ConfigError(f"staging must be between 0 and slots - 1 = {config.slots - 1}, got {config.staging}")
         if config.floor < 0:
             raise ConfigError(f"floor must not be negative, got {config.floor}")
-        self.config = config
+        if config.spare < 0:
+            raise ConfigError(f"spare must not be negative, got {config.spare}")
+        if (config.spare or config.refill) and not config.exclusive:
+            raise ConfigError("spare and refill do nothing in a tier that is not exclusive")
+        if config.exclusive and index != 1:
+            raise ConfigError(f"tier 1 can be exclusive, towards tier 0; tier {index} cannot")
+        self.config, self.index = config, index
         ranked = config.slots - config.staging  # what is staged is none of the policy's business
         self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, ranked)
         self.admission: AdmissionPolicy = make_admission(config.admission)
@@ -155,7 +182,8 @@ class Tier:
         self.transients = 0
         self.residents = [0] * layers  # per layer, transients not counted
         self.hits, self.lates, self.misses = ([0] * layers for _ in range(3))
-        self.evictions = self.write_backs = self.staged = 0
+        self.evictions = self.write_backs = self.staged = self.in_place = 0
+        self.demotions = self.refills = 0
 
     def admit(self, incoming: ExpertKey, victim: ExpertKey, access: Access) -> bool:
         """Whether the admission policy, and the eviction policy if it has a say, let `incoming` displace `victim`."""
@@ -193,6 +221,9 @@ class Tier:
             "evictions": self.evictions,
             "write_backs": self.write_backs,
             "staged": self.staged,
+            "in_place": self.in_place,
+            "demotions": self.demotions,
+            "refills": self.refills,
         }
 
 
@@ -216,18 +247,27 @@ class Orders:
             self.dependents.setdefault(blocker, []).append(copy.id)
 
     def take(self) -> list[Copy]:
-        """What can start; demand before prefetches."""
+        """What can start; demand before what is done in the background."""
         orders, self.ready = self.ready, []
         if len(orders) > 1:
-            orders.sort(key=lambda copy: copy.kind is Kind.PREFETCH)
+            orders.sort(key=lambda copy: copy.kind in BACKGROUND)
         return orders
 
-    def withdraw(self, copy_id: int) -> Copy | None:
-        """Take back a copy that nobody has taken."""
-        if all(copy.id != copy_id for copy in self.ready):
-            return None
-        self.ready = [copy for copy in self.ready if copy.id != copy_id]
+    def withdraw(self, copy_id: int) -> Copy:
+        """Take back a copy that has not started."""
+        if not self.blockers.pop(copy_id, 0):
+            self.ready = [copy for copy in self.ready if copy.id != copy_id]
         return self.copies.pop(copy_id)
+
+    def started(self, copy_id: int) -> bool:
+        """Whether a copy that has not ended was taken: the mover may be at it."""
+        return copy_id not in self.blockers and all(copy.id != copy_id for copy in self.ready)
+
+    def again(self, copy_id: int, copy: Copy) -> None:
+        """A copy that has ended has to be made once more, as `copy`; what waits for it goes on waiting."""
+        self.add(copy, ())
+        if copy_id in self.dependents:
+            self.dependents[copy.id] = self.dependents.pop(copy_id)
 
     def unblock(self, copy_id: int) -> None:
         """This copy has ended: let go those that waited for it only."""
@@ -250,10 +290,12 @@ class Room:
     A slot is granted as the victim that has to leave it, or as FREE or STAGING.
     """
 
-    def __init__(self, tier: Tier, access: Access):
-        self.tier, self.access = tier, access
+    def __init__(self, tier: Tier, access: Access, background: bool = False):
+        self.tier, self.access, self.background = tier, access, background
         self.spare = len(tier.free) - (tier.config.staging - tier.transients)
         self.victims: list[Entry] = []  # best last: popped from the end
+        self.doubles: Container[ExpertKey] = ()  # of the victims, those that lose nothing by going
+        self.given: set[ExpertKey] = set()  # staged prefetches that give way
 
     def grant(self, key: ExpertKey) -> Grant | None:
         """A slot for `key`, or nothing."""
@@ -261,17 +303,29 @@ class Room:
             self.spare -= 1
             return FREE
         tier, staging, victims = self.tier, self.tier.config.staging, self.victims
-        if victims and (not staging or tier.admit(key, victims[-1].key, self.access)):
+        if victims and (
+            not staging or victims[-1].key in self.doubles or tier.admit(key, victims[-1].key, self.access)
+        ):
             return victims.pop()
         if tier.free:  # kept free for staging: nothing is spare
             return STAGING
         if victims and not tier.transients and len(tier.entries) > tier.config.slots - staging:
             return victims.pop()  # staged records that could not be saved stay: they must not block the others
+        return self._staged_prefetch() if tier.transients and not self.background else None
+
+    def _staged_prefetch(self) -> Entry | None:
+        """Demand goes before what was staged ahead of it."""
+        for key, entry in self.tier.entries.items():
+            if entry.transient and entry.prefetched and entry.state is READY and key not in self.given:
+                self.given.add(key)
+                return entry
         return None
 
     def take_back(self, grant: Grant) -> None:
         """The last grant is not used."""
-        if isinstance(grant, Entry):
+        if isinstance(grant, Entry) and grant.transient:
+            self.given.discard(grant.key)
+        elif isinstance(grant, Entry):
             self.victims.append(grant)
         elif grant is FREE:
             self.spare += 1

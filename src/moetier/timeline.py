@@ -115,13 +115,16 @@ COMPUTE = "compute"  # the group of threads that run the model
 class Timeline:
     """The probe itself, and what it has seen. `io` is the union clock of all links.
 
+    `enqueued` are links whose copies go on behind the thread that orders them: their parts are the ordering only.
+
     Several threads may tell it things at once; each has a track of its own, so that none waits for another.
     """
 
-    def __init__(self, io: Busy, links: Sequence[str] = (), limit: int = LIMIT):
+    def __init__(self, io: Busy, links: Sequence[str] = (), limit: int = LIMIT, enqueued: Sequence[str] = ()):
         if limit < 1:
             raise ConfigError(f"a timeline keeps at least 1 event of every thread, got limit {limit}")
         self.io, self.links, self.limit = io, tuple(links), limit
+        self.enqueued = frozenset(enqueued)
         self.begin = time.perf_counter()
         self.end: float | None = None  # while it records
         self.tracks: list[Track] = []
@@ -144,10 +147,13 @@ class Timeline:
         self.track(COMPUTE).add(Step(max(begin, self.begin), end, phase, tokens, self._steps))
 
     def track(self, group: str) -> Track:
-        """The calling thread's own."""
-        track: Track | None = getattr(self._mine, "track", None)
+        """The calling thread's own of a group."""
+        mine: dict[str, Track] | None = getattr(self._mine, "tracks", None)
+        if mine is None:
+            mine = self._mine.tracks = {}
+        track = mine.get(group)
         if track is None:
-            track = self._mine.track = Track(group, threading.current_thread().name, self.limit)
+            track = mine[group] = Track(group, threading.current_thread().name, self.limit)
             self.tracks.append(track)
         return track
 
@@ -223,7 +229,8 @@ def recorded(cache: ExpertCache, path: str | PathLike[str] | None = None, limit:
     if path is not None:
         check_writable(path)
     mover = cache.mover
-    timeline = Timeline(mover.io, [link.name for link in mover.links], limit)
+    enqueued = [link.name for link in mover.links if link.clock is not None]
+    timeline = Timeline(mover.io, [link.name for link in mover.links], limit, enqueued)
     cache.probe = mover.probe = timeline
     try:
         yield timeline

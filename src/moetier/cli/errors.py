@@ -23,7 +23,7 @@ EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
 
 _FLAGS = (  # the library names its arguments, a user of the command line knows flags
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
-    (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io): "), r"--\1: "),
+    (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store): "), r"--\1: "),
     (re.compile(r"^pin_after: "), "--pin-after: "),
     (re.compile(r"^processes: "), "--jobs: "),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),

@@ -3,7 +3,7 @@
 In the JSON it is the key `forecast`: `source`, `policy`, `tokens` (that count), `measured` (null, or the timing and
 what it rests on), `budgets` (the fields of `moetier.forecast.Forecast`, with --compare also
 `measured_tokens_per_second` and `error_percent`), `splits` (context, bytes of its cache, forecast),
-`recommended_context`, `words`.
+`recommended_context`, `words`, with --measure also `calibration` (see `moetier.cli.costs`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from moetier.cli.costs import calibration_of
 from moetier.cli.loading import loaded
 from moetier.errors import ConfigError
 from moetier.forecast import (
@@ -57,7 +58,7 @@ class Asked:
     def check(self) -> bool:
         """Whether a forecast is wanted. Raises `ConfigError` for flags that contradict each other."""
         if self.trace is None and self.profile is None:
-            wrong = [flag for flag in ("measure", "compare", "budgets") if getattr(self, flag)]
+            wrong = [flag for flag in ("compare", "budgets") if getattr(self, flag)]
             if wrong:
                 raise ConfigError(f"--{wrong[0]} needs a recorded routing: give --trace FILE or --profile FILE")
             return False
@@ -127,9 +128,9 @@ def make_forecast(
     if asked.compare:
         assert routing.trace is not None
         _can_replay(routing.trace)
-    measured = None
+    measured = calibration = None
     if asked.measure:
-        measured = _measure(routing, plan, folder, options, arguments, asked.verbose, console)
+        measured, calibration = _measure(routing, plan, folder, options, arguments, asked.verbose, console)
     timing = None if measured is None else measured.timing
     host_slots = plan.tiers[1].slots if len(plan.tiers) > 1 else None
 
@@ -167,7 +168,7 @@ def make_forecast(
         "splits": [asdict(split) for split in splits],
         "recommended_context": None if best is None else best.context,
         "words": words,
-    }
+    } | ({} if calibration is None else {"calibration": calibration})
 
 
 def _can_replay(trace: Trace) -> None:
@@ -190,15 +191,16 @@ def _measure(
     arguments: dict[str, Any],
     verbose: bool,
     console: Console,
-) -> Measured:
-    """A warm run with as many slots as the plan has, but not so many that nothing is ever evicted."""
+) -> tuple[Measured, dict[str, Any]]:
+    """A warm run with as many slots as the plan has, but not so many that nothing is ever evicted; what math costs."""
     from moetier.measure import measure
 
     enough = max(plan.recommended_slots, round(WARM_SHARE * plan.workload.records))
     chosen = _arguments(options, arguments) | {"slots": min(plan.slots, enough)}
     with console.status("measuring the disk and a short run"), loaded(folder, console, verbose, **chosen) as model:
+        calibration = calibration_of(model, plan.workload.top_k)
         vocabulary = int(model.get_input_embeddings().weight.shape[0])
-        return measure(model, routing.tokens(vocabulary))
+        return measure(model, routing.tokens(vocabulary)), calibration
 
 
 def _run(

@@ -79,6 +79,23 @@ UseProfile = Annotated[
         rich_help_panel=_TIERS,
     ),
 ]
+Store = Annotated[
+    str | None,
+    typer.Option(
+        help="Read experts from this packed store; none: from the checkpoint. Default: the store beside it, if any.",
+        metavar="PATH|none",
+        rich_help_panel=_TIERS,
+    ),
+]
+CPUExperts = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="With a GPU, missing experts that the CPU computes: off, auto (as measured) or always. Other than off, "
+        "outputs may differ in the last bits from run to run.",
+        rich_help_panel=_TIERS,
+    ),
+]
 
 Device = Annotated[
     str | None,

@@ -3,7 +3,7 @@
 The JSON (`--json`), version 1: `model`, `status`, `advice`, `slots` (of the fastest tier), `recommended_slots`,
 `workload`, `machine` and `tiers` with the fields of `moetier.plan`, `expert_bytes` (all experts: raw, and in_slots as
 an arena would take them), `host_total_nbytes`, `device_total_nbytes`; with --trace or --profile also `forecast`, see
-`moetier.cli.forecasting`.
+`moetier.cli.forecasting`; with --measure also `calibration`, see `moetier.cli.costs`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moetier.cli import options as o
+from moetier.cli.costs import measure_costs, show_costs
 from moetier.cli.errors import reported, with_flags
 from moetier.cli.forecasting import Asked, make_forecast, show_forecast
 from moetier.cli.loading import check_device, find, import_libraries
@@ -37,6 +38,7 @@ def plan(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     policy: o.Policy = "horizon",
+    store: o.Store = None,
     trace: Annotated[
         str | None,
         typer.Option(help="Predict from this recorded routing.", metavar="FILE", rich_help_panel=_FORECAST),
@@ -47,7 +49,11 @@ def plan(
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Measure disk and math: tokens per second.", rich_help_panel=_FORECAST),
+        typer.Option(
+            "--measure",
+            help="Load the model and measure what experts cost; with a routing: tokens per second.",
+            rich_help_panel=_FORECAST,
+        ),
     ] = False,
     budgets: Annotated[
         str | None,
@@ -68,7 +74,8 @@ def plan(
 ) -> None:
     """Print what a model needs and what a budget gives; no weight is loaded.
 
-    With --trace it predicts how fast the model decodes at several budgets; --measure loads the model for a short run.
+    With --trace it predicts how fast the model decodes at several budgets. --measure loads the model: it prints what an
+    expert costs on the CPU, on the link and on the device, and gives the prediction in seconds.
 
     With --device-memory it plans for a GPU, also one that this machine does not have. Exit code 1 if the model cannot
     run with the budget.
@@ -94,6 +101,7 @@ def plan(
         policy=policy,
         context=context,
         readers=readers,
+        store=store,
     )
     options.check()
     folder = find(model, revision, console)
@@ -103,14 +111,22 @@ def plan(
             warnings.simplefilter("ignore")
         result = inspect(folder, options, torch.device(device) if device else None, **extra)
     works = result.status in (Status.OK, Status.BELOW_RECOMMENDED)
-    found = None
+    found = calibration = None
     if wanted and works:
         arguments = extra | ({"device": device} if device else {})
         found = make_forecast(asked, result, folder, options, arguments, console)
+        calibration = found.pop("calibration", None)
+    elif measure and works:
+        arguments = extra | ({"device": device} if device else {})
+        calibration = measure_costs(result, folder, options, arguments, verbose, console)
     if as_json:
-        print(json.dumps(as_dict(result, model) | ({} if found is None else {"forecast": found}), indent=2))
+        more = {"forecast": found, "calibration": calibration}
+        more = {name: value for name, value in more.items() if value is not None}
+        print(json.dumps(as_dict(result, model) | more, indent=2))
     else:
         show(result, model)
+        if calibration is not None:
+            show_costs(calibration, result.workload.top_k, Console(highlight=False))
         if found is not None:
             show_forecast(found, Console(highlight=False))
     if not works:

@@ -6,6 +6,7 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
     moetier, model     version of the library; folder or hub id
     speed              prompt_tokens, new_tokens, first_token_seconds (mean over generations),
                        prefill_tokens_per_second, decode_tokens_per_second (0 where there is nothing to divide)
+    store              where the experts were read from: kind (packed, checkpoint), path
     plan               status, experts, layers, experts_per_token, recommended_slots, context,
                        host_bytes, device_bytes (totals of the run), host_budget_bytes, device_budget_bytes (or null),
                        tiers: [name, slots, bytes]
@@ -54,7 +55,9 @@ def report(model: Any, name: str, speed: dict[str, float], load: float, generate
         stats["phases"][phase.name.lower()]["bound_words"] = model.moetier.overlap(phase).words()
     stats["seconds"] = {"load": load, "generate": generate, **stats["seconds"]}
     head = {"version": STATS_VERSION, "moetier": __version__, "model": name}
-    return {**head, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+    store = model.moetier.cache.store
+    home = {"kind": store.kind, "path": str(store.folder)}
+    return {**head, "store": home, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
@@ -101,6 +104,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     for name, link in result["links"].items():
         rate = f"{link['copies']} experts, {link['bytes_per_second'] / 1e9:.2f} GB/s while busy"
         table.add_row(name, format_size(link["bytes"]), f"{rate}, {link['depth']:.1f} requests at a time")
+    table.add_row("experts from", result["store"]["kind"], result["store"]["path"])
     for row in _overlap_rows(result["phases"]):
         table.add_row(*row)
     table.add_row("in all", f"{seconds['generate']:.2f} s", f"{seconds['wait']:.2f} s of it waiting")

@@ -37,6 +37,8 @@ def run(
     io: o.IO = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
+    store: o.Store = None,
+    cpu_experts: o.CPUExperts = "off",
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -91,11 +93,14 @@ def run(
         pin_after=pin_after,
         profile=profile,
         record_profile=save_profile is not None,
+        store=store,
+        cpu_experts=cpu_experts,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
-    if device_memory is not None and (device == "cpu" or not torch.cuda.is_available()):
-        warnings.append("device_memory is not used: the model computes on the CPU")
+    if device == "cpu" or not torch.cuda.is_available():
+        unused = {"device_memory": device_memory is not None, "cpu_experts": cpu_experts != "off"}
+        warnings += [f"{name} is not used: the model computes on the CPU" for name, given in unused.items() if given]
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     inputs = tokenise(tokenizer, text, system, chat)

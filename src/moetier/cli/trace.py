@@ -64,6 +64,7 @@ def record(
     slots: o.Slots = None,
     policy: o.Policy = "horizon",
     readers: o.Readers = 4,
+    store: o.Store = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -94,7 +95,7 @@ def record(
     how = RecordOptions(mode, tokens, prompt, chunk, batch, generate, temperature, seed, token_ids)  # type: ignore[arg-type]
     how.check()
     tiering: dict[str, Any] = {"device_memory": device_memory, "host_memory": host_memory, "slots": slots}
-    tiering |= {"policy": policy, "readers": readers, "context": max(tokens, 16)}
+    tiering |= {"policy": policy, "readers": readers, "store": store, "context": max(tokens, 16)}
     Options(**tiering).check()
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)

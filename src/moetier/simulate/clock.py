@@ -191,6 +191,13 @@ class Clock:
         if cache.promoted:
             self._mover.promote(number, cache.promoted)
             cache.promoted.clear()
+        if cache.obsolete:
+            withdrawn = self._mover.withdraw(number, cache.obsolete)
+            cache.obsolete.clear()
+            for copy_id in withdrawn:
+                cache.cancelled(copy_id)
+            if withdrawn:
+                self._start_orders(number)
 
 
 class LayerCaches:
@@ -203,9 +210,9 @@ class LayerCaches:
         """See `Residency.holds`."""
         return self.caches[key.layer].holds(key)
 
-    def prefetch(self, key: ExpertKey, displace: bool = False) -> bool:
+    def prefetch(self, key: ExpertKey, displace: bool = False, staged: bool = False) -> bool:
         """See `Residency.prefetch`."""
-        return self.caches[key.layer].prefetch(key, displace)
+        return self.caches[key.layer].prefetch(key, displace, staged)
 
     def cancel(self, key: ExpertKey) -> bool:
         """See `Residency.cancel`."""

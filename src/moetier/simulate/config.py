@@ -30,7 +30,7 @@ class Timing:
     disk_read: Link = Link(1.0, 1e-4, 4)
     disk_write: Link = Link(1.0, 1e-4, 4)
     h2d: Link = Link(12.0, 1e-5)  # used with two tiers only, as is d2h
-    d2h: Link = Link(12.0, 1e-5)
+    d2h: Link = Link(12.0, 1e-5)  # demotions, and changed records
     layer_seconds: float = 0.0
     expert_seconds: float = 0.0
     token_seconds: float = 0.0
@@ -48,6 +48,9 @@ class SimulationConfig:
     slots: int
     host_slots: int | None = None
     host_policy: str | None = None  # of the second tier; the first's if not given
+    exclusive: bool = False  # a record is kept once in the two tiers; see `TierConfig`
+    spare: int = 0  # victims of the first tier that are copied down ahead
+    refill: bool | None = None  # what left the first tier is read again instead; None: if the timing makes it cheaper
     scope: Scope = "global"  # "layer": every layer has its own slots, slots // layers each
     batch: int | None = None  # None: steps as recorded
     semantics: Semantics = "atomic"
@@ -110,6 +113,8 @@ class Result:
     pinned: list[tuple[int, int]] = field(default_factory=list)
     pinning: dict[str, Any] = field(default_factory=dict)  # hit rate before and after warming, dropped by the guard
     extra_staging: int = 0  # slots beside `slots`, per cache, for what a policy with admission of its own turns away
+    demotions: int = 0  # records copied from the first tier down into the second
+    refills: int = 0  # records read again into the second after they left the first
     driver: str = ""  # "instant" or "clock": which one served it; their decisions are the same
 
     @property

@@ -25,8 +25,9 @@ from moetier.trace import Trace
 __all__ = ["Journal", "fingerprint", "job_key"]
 
 _DECIDING = (  # what a result depends on, beside the policy's own file
-    "access.py residency.py tiers.py prefetch.py pinning.py profile.py policies/*.py predictors/*.py trace/__init__.py "
-    "trace/streams.py simulate/config.py simulate/instant.py simulate/clock.py simulate/links.py simulate/run.py"
+    "access.py residency.py tiers.py victims.py endings.py in_place.py prefetching.py exclusive.py misses.py "
+    "prefetch.py pinning.py profile.py policies/*.py predictors/*.py trace/__init__.py trace/streams.py "
+    "simulate/config.py simulate/instant.py simulate/clock.py simulate/links.py simulate/run.py"
 )
 
 

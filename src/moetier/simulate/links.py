@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from moetier.errors import ConfigError
 from moetier.simulate.config import Link, Timing
-from moetier.tiers import Copy, Kind
+from moetier.tiers import BACKGROUND, Copy, Kind
 
 Order = tuple[int, int]  # the cache that ordered it, the id of the copy
 
@@ -99,16 +99,26 @@ class VirtualMover:
             path = self._path(copy)
             link = path.pop()
             flight = Flight((cache, copy.id), path)
-            (link.prefetch if copy.kind is Kind.PREFETCH else link.demand).append(flight)
+            (link.prefetch if copy.kind in BACKGROUND else link.demand).append(flight)
             self._begin(link, now)
 
     def promote(self, cache: int, copy_ids: Iterable[int]) -> None:
-        """Treat queued prefetches as demand from now on."""
+        """Treat queued background copies as demand from now on."""
         wanted = {(cache, copy_id) for copy_id in copy_ids}
         for link in self.links:
             for flight in [flight for flight in link.prefetch if flight.order in wanted]:
                 link.prefetch.remove(flight)
                 link.demand.append(flight)
+
+    def withdraw(self, cache: int, copy_ids: Iterable[int]) -> list[int]:
+        """Drop those of the copies that have not begun, and say which."""
+        unwanted = {(cache, copy_id) for copy_id in copy_ids}
+        withdrawn = []
+        for link in self.links:
+            for flight in [flight for flight in link.prefetch if flight.order in unwanted]:
+                link.prefetch.remove(flight)
+                withdrawn.append(flight.order[1])
+        return withdrawn
 
     def run_until(self, now: float) -> None:
         """Carry out what happens up to and including `now`."""
@@ -135,8 +145,11 @@ class VirtualMover:
 
     def _path(self, copy: Copy) -> list[VirtualLink]:
         """The links of a copy, the last one first."""
-        if copy.kind is Kind.WRITE_BACK:  # from tier 0: through host memory if that is another tier
-            return [self._disk_write] if self._home == 1 else [self._disk_write, self._d2h]
+        if copy.kind is Kind.WRITE_BACK:  # from a device through host memory
+            from_host = copy.source.tier == self._home - 1
+            return [self._disk_write] if from_host else [self._disk_write, self._d2h]
+        if copy.kind is Kind.DEMOTE:
+            return [self._d2h]
         return [self._disk_read] if copy.source.tier == self._home else [self._h2d]
 
     def _begin(self, link: VirtualLink, now: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from moetier.access import Access
@@ -144,6 +145,10 @@ def _check(config: SimulationConfig, parts: int) -> None:
         raise ConfigError(f"admission {config.admission!r} needs staging slots; give staging, of `slots`")
     if config.host_policy is not None and config.host_slots is None:
         raise ConfigError("host_policy is of the second tier; give host_slots too")
+    if config.exclusive and config.host_slots is None:
+        raise ConfigError("exclusive is of two tiers; give host_slots too")
+    if (config.spare or config.refill) and not config.exclusive:
+        raise ConfigError("spare and refill are of exclusive tiers; give exclusive too")
     if config.predictor is None and config.prefetch_displace:
         raise ConfigError("prefetch_displace does nothing without a predictor")
     if config.floor and parts > 1:
@@ -195,7 +200,19 @@ def tier_configs(config: SimulationConfig, parts: int, extra: int) -> list[list[
         for part, share in enumerate(_split(slots, parts)):
             tier = TierConfig(share + added, policy, config.admission, staging[part] + added, config.floor)
             tiers[part].append(tier)
+    if config.exclusive:
+        for cache in tiers:
+            cache[1] = replace(cache[1], exclusive=True, spare=config.spare, refill=refills(config))
     return tiers
+
+
+def refills(config: SimulationConfig) -> bool:
+    """Whether what leaves tier 0 is read again rather than copied down: as told, or whichever is faster."""
+    if not config.exclusive or config.refill is not None or config.timing is None:
+        return bool(config.refill)
+    timing = config.timing
+    disk, down = (link.latency + timing.record_nbytes / (link.gbps * 1e9) for link in (timing.disk_read, timing.d2h))
+    return disk < down
 
 
 def has_admission(policy: str) -> bool:
@@ -260,6 +277,8 @@ def _result(driver: Driver, accesses: Sequence[Access], config: SimulationConfig
         staged=sum(tier.staged for tier in tops),
         bytes_moved={"disk_read": sum(misses), "disk_write": 0, "h2d": 0, "d2h": 0},
         prefetches={"issued": 0, "useful": 0, "late": 0, "wasted": 0},
+        demotions=sum(tier.demotions for tier in hosts),
+        refills=sum(tier.refills for tier in hosts),
         demand_ratio=0.0,
         overcommitted=0.0,
         timeline=[],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -91,6 +92,8 @@ def split_extents(extents: Sequence[Extent]) -> tuple[Extent, ...]:
 class CheckpointStore:
     """Experts of a checkpoint, read on demand. Never writes; safe for concurrent reads."""
 
+    kind = "checkpoint"
+
     def __init__(
         self,
         shards: Shards,
@@ -113,6 +116,11 @@ class CheckpointStore:
             for extent in (*recipe.extents, *(s.extent for c in recipe.conversions for s in c.sources))
         }
         self._files = {index: DiskFile(shards.files[index], io) for index in sorted(used)}
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return self.shards.files[0].parent
 
     @property
     def layers(self) -> int:
@@ -172,6 +180,10 @@ class CheckpointStore:
             nbytes += source.extent.nbytes
         target_tensor.copy_(conversion.run(inputs))
         return nbytes
+
+    def read_range(self, file: int, offset: int, into: memoryview) -> None:
+        """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
+        self._files[file].read_into(offset, into)
 
     def close(self) -> None:
         """Close the files."""

@@ -36,6 +36,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_JSON = 100_000_000  # bytes: the limit of the safetensors library for a header, used for the index too
 _MAX_SIZE = 2**63 - 1
 _SAMPLE = 4096  # bytes
+_SAMPLES = 64  # per file
 _AGAIN = "download the file again"
 _ADVICE = {
     errno.ENOENT: "it is part of the checkpoint: download it",
@@ -61,10 +62,14 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The files of a checkpoint and the tensors in them, by name."""
+    """The files of a checkpoint and the tensors in them, by name.
+
+    `known` is the fingerprint where the files themselves are not there: those of a packed store's checkpoint.
+    """
 
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
+    known: str = ""
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -98,6 +103,19 @@ class Shards:
         return shards
 
     @classmethod
+    def from_headers(cls, files: Sequence[tuple[Path, Path, int]], fingerprint: str) -> Shards:
+        """A checkpoint whose files are not there: (file as it was called, file with its header, its size in bytes)."""
+        tensors: dict[str, TensorEntry] = {}
+        for number, (_, kept, size) in enumerate(files):
+            with _opened(kept) as file:
+                raw = _read(file, 0, file.size)
+            if len(raw) != 8 + int.from_bytes(raw[:8], "little"):
+                raise CheckpointError(f"{kept}: damaged: not the header of a safetensors file")
+            header = _parse(kept, raw[8:], "the header")
+            tensors |= {entry.name: entry for entry in _entries(kept, number, header, len(raw), size)}
+        return cls(tuple(path for path, _, _ in files), tensors, fingerprint)
+
+    @classmethod
     def from_files(cls, files: Sequence[Path]) -> Shards:
         """The checkpoint in these files; links are followed. Raises `CheckpointError` as `open` does."""
         tensors: dict[str, TensorEntry] = {}
@@ -116,12 +134,31 @@ class Shards:
 
         Copies of a checkpoint have the same one, fine-tuned versions another. Raises `StoreError` as reads do.
         """
+        if self.known:
+            return self.known
         digest = hashlib.sha256(repr(sorted(self.tensors.values(), key=lambda entry: entry.name)).encode())
         for path in self.files:
             with DiskFile(path, "buffered") as file:
                 sample = bytearray(min(_SAMPLE, file.size))
                 file.read_into((file.size - len(sample)) // 2, memoryview(sample))
             digest.update(sample)
+        return digest.hexdigest()[:16]
+
+    def witness(self) -> str:
+        """A hash that sees more changes than the fingerprint: of samples spread evenly over every file.
+
+        A change that touches less than a 64th of a file may go unseen. Raises `StoreError` as reads do.
+        """
+        digest = hashlib.sha256()
+        sample = memoryview(bytearray(_SAMPLE))
+        for path in self.files:
+            with DiskFile(path, "buffered") as file:
+                digest.update(f"{file.size} ".encode())
+                last = max(0, file.size - _SAMPLE)
+                for offset in sorted({last * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
+                    part = sample[: min(_SAMPLE, file.size - offset)]
+                    file.read_into(offset, part)
+                    digest.update(part)
         return digest.hexdigest()[:16]
 
 
@@ -195,8 +232,12 @@ def _read_header(path: Path, number: int) -> Iterator[TensorEntry]:
                 f"{path}: truncated: its header is {length} bytes long, the file has {size - 8} for it; {_AGAIN}"
             )
         header = _parse(path, _read(file, 8, length), "the header")
+    yield from _entries(path, number, header, 8 + length, size)
+
+
+def _entries(path: Path, number: int, header: dict[str, Any], data: int, size: int) -> Iterator[TensorEntry]:
+    """The tensors that a header lists, checked against the size of the file; data begins at byte `data`."""
     _check_metadata(path, header.pop("__metadata__", None))
-    data = 8 + length
     entries = [_entry(path, number, data, name, fields) for name, fields in header.items()]
     entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
     end = data
