@@ -24,6 +24,8 @@ from typing import Any
 
 MIB = 1 << 20
 GIB = 1 << 30
+DEFAULT_THREADS = "default"  # what one gets without setting a number of threads anywhere
+THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -71,8 +73,11 @@ TINY = Shape(hidden=256, layers=3, experts=16, top_k=4, intermediate=192, heads=
 MICRO = Shape(64, layers=1, experts=4, top_k=2, intermediate=32, heads=2, kv_heads=1, head_dim=32, vocab=64, topics=4)
 
 
-def make_checkpoint(folder: Path, shape: Shape) -> None:
-    """Write the checkpoint in hub layout (a tensor per expert and matrix), shard by shard. Reused if it is there."""
+def make_checkpoint(folder: Path, shape: Shape, device: str = "cpu") -> None:
+    """Write the checkpoint in hub layout (a tensor per expert and matrix), shard by shard. Reused if it is there.
+
+    `device` draws the numbers; another one draws others.
+    """
     marker = folder / "shape.json"
     if marker.is_file() and json.loads(marker.read_text()) == asdict(shape):
         return
@@ -86,7 +91,9 @@ def make_checkpoint(folder: Path, shape: Shape) -> None:
     total = 0
     for number in range(len(groups) + 1):
         name = f"model-{number + 1:05d}-of-{len(groups) + 1:05d}.safetensors"
-        tensors = _outer_tensors(shape) if number == 0 else dict(_layer_tensors(shape, groups[number - 1]))
+        tensors = (
+            _outer_tensors(shape, device) if number == 0 else dict(_layer_tensors(shape, groups[number - 1], device))
+        )
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -123,17 +130,21 @@ def _config(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _outer_tensors(shape: Shape) -> dict[str, Any]:
+def _outer_tensors(shape: Shape, device: str) -> dict[str, Any]:
     import torch
 
-    generator = torch.Generator().manual_seed(1)
-    own = torch.randn(shape.vocab, shape.hidden, generator=generator)
-    common = torch.randn(shape.hidden, generator=generator)
-    topics = torch.randn(shape.topics, shape.hidden, generator=generator)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def normal(*sizes: int) -> Any:
+        return torch.randn(*sizes, generator=generator, device=device).cpu()
+
+    own = normal(shape.vocab, shape.hidden)
+    common = normal(shape.hidden)
+    topics = normal(shape.topics, shape.hidden)
     rest = 1 - shape.common - shape.topic
     embedding = shape.common**0.5 * common + rest**0.5 * own
     embedding += shape.topic**0.5 * topics[torch.arange(shape.vocab) % shape.topics]
-    head = torch.randn(shape.vocab, shape.hidden, generator=generator) * 0.02
+    head = normal(shape.vocab, shape.hidden) * 0.02
     return {
         "model.embed_tokens.weight": embedding.bfloat16(),
         "model.norm.weight": torch.ones(shape.hidden, dtype=torch.bfloat16),
@@ -141,16 +152,16 @@ def _outer_tensors(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _layer_tensors(shape: Shape, layers: range) -> Iterator[tuple[str, Any]]:
+def _layer_tensors(shape: Shape, layers: range, device: str) -> Iterator[tuple[str, Any]]:
     import torch
 
     def normal(rows: int, columns: int, std: float = 0.02) -> Any:
-        return (torch.randn(rows, columns, generator=generator) * std).bfloat16()
+        return (torch.randn(rows, columns, generator=generator, device=device) * std).bfloat16().cpu()
 
     hidden, inner = shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     for layer in layers:
-        generator = torch.Generator().manual_seed(100 + layer)
+        generator = torch.Generator(device).manual_seed(100 + layer)
         at = f"model.layers.{layer}"
         for norm, width in (
             ("input_layernorm", hidden),
@@ -220,9 +231,8 @@ def run_child(script: Path, spec: dict[str, Any], folder: Path, group: MemoryGro
     command = [sys.executable, str(script), "--child", json.dumps(spec | {"out": str(out)})]
     if group is not None:
         command = ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group.procs), *command]
-    environment = os.environ | {"OMP_NUM_THREADS": str(spec.get("threads", 1)), "TOKENIZERS_PARALLELISM": "false"}
     with open(log, "w") as stderr:
-        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=environment)
+        child = subprocess.Popen(command, stdout=stderr, stderr=stderr, env=child_environment(spec))
         peak = 0
         try:
             while child.poll() is None:
@@ -234,6 +244,19 @@ def run_child(script: Path, spec: dict[str, Any], folder: Path, group: MemoryGro
                 child.wait()
     result = json.loads(out.read_text()) if out.is_file() and child.returncode == 0 else None
     return result, Ended(child.returncode, log.read_text()[-2000:], peak)
+
+
+def child_environment(spec: dict[str, Any]) -> dict[str, str]:
+    """The environment of a child: its thread count (`threads`, or "default": none is set) and `source`, its engine."""
+    environment = {name: value for name, value in os.environ.items() if name not in THREAD_SETTINGS}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    threads = spec.get("threads", 1)
+    if threads != DEFAULT_THREADS:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    if spec.get("source"):
+        paths = [str(spec["source"]), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return environment
 
 
 def drop_page_cache() -> bool:

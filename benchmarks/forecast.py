@@ -89,7 +89,7 @@ def task_measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 def task_run(spec: dict[str, Any]) -> dict[str, Any]:
     """The decode benchmark's run, with the engine's counters."""
-    import decode
+    import tasks
 
     model = load(spec)
     plain = model.moetier.stats
@@ -100,7 +100,7 @@ def task_run(spec: dict[str, Any]) -> dict[str, Any]:
         return found
 
     model.moetier.stats = stats
-    result: dict[str, Any] = decode.run_tokens(model, spec)
+    result: dict[str, Any] = tasks.run_tokens(model, spec)
     result["slots"] = model.moetier.plan.slots
     model.moetier.close()
     return result

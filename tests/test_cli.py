@@ -44,11 +44,12 @@ DEMO = Path(moetier.__file__).parent / "demo_model" / SINGLE
 
 OPTIONS = {
     "run": (
-        "--admission --chat --context --cpu-experts --device --device-memory --do-sample --dtype --greedy --help "
-        "--host-memory --io --max-new-tokens --no-chat --pin-after --policy --profile --quiet --readers "
-        "--repetition-penalty --revision --save-profile --seed --slots --split --stats-json --store --system "
-        "--temperature "
-        "--threads --timeline --top-k --top-p --trust-remote-code --verbose -h -q MODEL [PROMPT]"
+        "--admission --cache-prior --chat --context --cpu-experts --device --device-memory --do-sample "
+        "--drop-misses --dtype --greedy --help --host-memory --io --keep-top --max-mass --max-new-tokens --max-rank "
+        "--no-chat --pin-after --policy --prefetch --profile --quiet --readers --repetition-penalty --revision "
+        "--save-profile "
+        "--seed --slots --split --stats-json --store --system --temperature --threads --timeline --top-k --top-p "
+        "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
         "--budgets --compare --context --device --device-memory --help --host-memory --json --measure "
@@ -59,15 +60,20 @@ OPTIONS = {
     "verify": "--help --quiet --trust-remote-code --verbose -h -q STORE [MODEL]",
     "unpack": "--help --quiet -h -q STORE OUT",
     "demo": (
-        "--help --max-new-tokens --pin-after --policy --profile --save-profile --seed --slots --stats-json "
+        "--help --max-new-tokens --pin-after --policy --prefetch --profile --save-profile --seed --slots --stats-json "
         "--temperature --threads -h [PROMPT]"
+    ),
+    "eval": (
+        "--admission --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
+        "--readers --revision --slots --text --threads --tokens --trust-remote-code --try --verbose --window "
+        "-h -q MODEL"
     ),
     "simulate": (
         "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
         "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms "
-        "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-displace "
-        "--prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots --staging "
-        "--warm-pinning -h -j -o -q TRACES"
+        "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-control "
+        "--prefetch-displace --prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots "
+        "--staging --warm-pinning -h -j -o -q TRACES"
     ),
     "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
     "bench cache": (

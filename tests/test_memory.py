@@ -19,7 +19,7 @@ from moetier.sizing import BASE_WORKSPACE
 
 MIB = 1 << 20
 CHILD = """
-import json, sys
+import json, sys, warnings
 import torch, transformers
 import moetier, moetier.loading
 torch.set_num_threads(1)
@@ -35,6 +35,16 @@ torch.mm(torch.ones(64, 64, dtype=torch.bfloat16), torch.ones(64, 64, dtype=torc
 result = {"base": status("VmRSS")}
 if way == "tiered":
     model = moetier.from_pretrained(folder, slots="25%", context=128, model_class=kind)
+elif way == "chunked":
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = moetier.from_pretrained(folder, slots=1, context=128, model_class=kind)
+        whole.moetier.close()
+        work = whole.moetier.plan.workload
+        budget = work.resident_nbytes + work.kv_nbytes + work.workspace_nbytes + work.slot_nbytes // 2
+        del whole
+        model = moetier.from_pretrained(folder, host_memory=budget, context=128, model_class=kind)
+if way != "plain":
     plan = model.moetier.plan
     result |= {"total": plan.host_total_nbytes, "tier": plan.tiers[0].nbytes, "rest": plan.workload.resident_nbytes}
     result |= {"largest": max(entry.nbytes for entry in model.moetier.cache.store.shards.tensors.values())}
@@ -47,7 +57,7 @@ with torch.no_grad():
     output = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)
 result["peak"] = status("VmHWM") - result["base"]
 result["tokens"] = output[0, 100:].tolist()
-if way == "tiered":
+if way != "plain":
     result["misses"] = sum(map(sum, (tier["misses"] for tier in model.moetier.stats()["tiers"])))
 print(json.dumps(result))
 """
@@ -93,3 +103,23 @@ def test_the_peak_stays_within_the_plan(name: str, tmp_path: Path) -> None:
     else:
         assert tiered["largest"] == 16 * 2 * 512 * 1024 * 2
         assert tiered["loaded"] < tiered["rest"] + tiered["largest"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # rows of a file, and columns picked from rows
+def test_the_peak_in_slices_stays_within_the_plan(name: str, tmp_path: Path) -> None:
+    """Experts of 12 MiB through half of that, and the text is the plain model's."""
+    kind = family_class(name)
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_local_experts": 4, "num_hidden_layers": 1}
+    sizes |= {"layer_types": ["full_attention"]} if name == "gpt_oss" else {}
+    config = getattr(transformers, FAMILIES[name].config)(**dict(FAMILIES[name].settings) | sizes)
+    model = kind._from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(3, 103)[None]
+    greedy: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **greedy)[0, 100:].tolist()
+    chunked = measure(tmp_path, name, "chunked")
+    print(name, {key: round(value / MIB, 1) for key, value in chunked.items() if key not in ("tokens", "misses")})
+    assert chunked["tier"] <= 6.1 * MIB and chunked["largest"] >= 4 * MIB
+    assert chunked["peak"] <= chunked["total"]
+    assert chunked["tokens"] == expected and chunked["misses"] > 40

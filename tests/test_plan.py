@@ -218,3 +218,32 @@ def test_totals_stay_within_the_budgets(workload: Workload, machine: Machine) ->
 @given(workloads, nbytes, st.integers(0, 1 << 30))
 def test_more_memory_never_gives_fewer_slots(workload: Workload, budget: int, more: int) -> None:
     assert make_plan(workload, Machine(budget + more)).slots >= make_plan(workload, Machine(budget)).slots
+
+
+def test_below_one_slot_slices_stream() -> None:
+    """From two buffers of the smallest size on, to the byte; the totals stay within the budget."""
+    work = replace(WORKLOAD, slice_nbytes=64 * 1024)
+    least = FIXED + 2 * 64 * 1024
+    for budget in range(least, FIXED + MIB, 100_003):
+        plan = make_plan(work, Machine(budget))
+        assert plan.status is Status.CHUNKED and plan.slots == 0 and plan.chunks is not None
+        assert 2 <= plan.chunks.buffers <= 8 and plan.chunks.nbytes >= work.slice_nbytes
+        assert plan.chunks.nbytes % 4096 == 0
+        assert FIXED + plan.chunks.buffers * plan.chunks.nbytes == plan.host_total_nbytes <= budget
+        assert "nothing is cached" in plan.advice and "From 16.0 MiB on" in plan.advice
+    assert minimum_of(make_plan(work, Machine(0))) == least
+    assert make_plan(work, Machine(least - 1)).status is Status.BUDGET_EXHAUSTED
+    assert make_plan(work, Machine(FIXED + MIB)).chunks is None
+
+
+def test_slices_that_read_whole_fields_are_few() -> None:
+    work = replace(WORKLOAD, slice_nbytes=64 * 1024, slices_reread=True)
+    plan = make_plan(work, Machine(FIXED + MIB - 1))
+    assert plan.chunks is not None and plan.chunks.buffers == 2 and plan.chunks.nbytes > 500_000
+
+
+def test_no_slices_on_a_gpu_or_where_they_are_no_smaller() -> None:
+    work = replace(WORKLOAD, slice_nbytes=64 * 1024)
+    assert make_plan(work, Machine(GIB, FIXED + MIB - 1)).status is Status.BUDGET_EXHAUSTED
+    large = make_plan(replace(work, slice_nbytes=MIB), Machine(FIXED + MIB - 1))
+    assert large.status is Status.BUDGET_EXHAUSTED and minimum_of(large) == FIXED + MIB

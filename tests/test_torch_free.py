@@ -15,6 +15,7 @@ MODULES = ["access", "errors", "tiers", "residency", "invariants", "policies", "
 MODULES += [
     "costs",
     "forecast",
+    "levers",
     "misses",
     "pinning",
     "profile",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from moetier.tiers import Ticket
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
     from moetier.pinning import WarmPinning
+    from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
     from moetier.timeline import AccessProbe, Timeline
 
@@ -68,6 +69,7 @@ class ExpertCache:
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
         self.probe: Timeline | None = None  # records a timeline of every access
+        self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._closed = False
@@ -94,11 +96,15 @@ class ExpertCache:
         """
         clock = time.perf_counter
         begin = clock()
-        ticket, hits = self._open(access)
+        ticket, hits, foresee = self._open(access)
         probe = None if self.probe is None else self.probe.opened(ticket.access, ticket.ready, begin)
+        idle = hits == len(access.keys)  # the links have nothing to do: now is the time
         held: list[Lease] = []
         try:
             while True:
+                if foresee and not ticket.waiting and (idle or not ticket.ready):
+                    foresee = False
+                    self._foresee(ticket.access)
                 with self._condition:
                     for lease in held:
                         self._release(ticket, lease)
@@ -136,7 +142,7 @@ class ExpertCache:
             if probe is not None:
                 probe.closed()
 
-    def _open(self, access: Access) -> tuple[Ticket, int]:
+    def _open(self, access: Access) -> tuple[Ticket, int, bool]:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
@@ -145,11 +151,34 @@ class ExpertCache:
             if access.time <= self._time:  # another thread was faster: time must not run backwards for the policies
                 access = replace(access, time=self._time + 1)
             self._time = access.time
+            foresee = self._prefetching is not None and self._prefetching.begin(access, time.perf_counter())
             ticket = self.core.acquire(access)
             hits = len(ticket.ready)
             self._owners[ticket.number] = threading.get_ident()
             self._start_orders()
-            return ticket, hits
+            return ticket, hits, foresee
+
+    def _foresee(self, access: Access) -> None:
+        """Prefetch for the accesses after this one. Predicts without the lock: it may take long."""
+        assert self._prefetching is not None
+        begin = time.perf_counter()
+        wanted = self._prefetching.predict(access)
+        if wanted:
+            with self._condition:
+                if self._prefetching.issue(wanted, time.perf_counter()):
+                    self._start_orders()
+        self._prefetching.predict_seconds += time.perf_counter() - begin
+
+    @property
+    def prefetching(self) -> Prefetching | None:
+        """What prefetches beside the accesses; None: nothing."""
+        return self._prefetching
+
+    @prefetching.setter
+    def prefetching(self, prefetching: Prefetching | None) -> None:
+        self._prefetching = prefetching
+        if prefetching is not None:
+            prefetching.withdraw = self.mover.withdraw
 
     def stats(self) -> dict[str, Any]:
         """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
@@ -172,23 +201,22 @@ class ExpertCache:
             "compute": self.compute_seconds,
             "decide": self.decide_seconds,
         }
+        if self._prefetching is not None:
+            with self._condition:
+                counters["prefetches"] = self._prefetching.report()
         if self.pinning is not None:
             counters["pinning"] = self.pinning.report()
         return counters
 
     def clocks(self) -> Clocks:
         """Where the time went so far, in seconds; a window is the difference of two readings."""
-        now, mover = time.perf_counter(), self.mover
-        links = tuple(link.union_seconds(now) for link in mover.links)
-        return Clocks(
-            0.0,
-            self.wait_seconds,
-            self.exposed_seconds,
-            self.compute_seconds,
-            self.decide_seconds,
-            max(mover.io.seconds(now), *links),  # the copies of a GPU have a clock of their own: then a lower bound
-            links,
-        )
+        times = (self.wait_seconds, self.exposed_seconds, self.compute_seconds, self.decide_seconds)
+        return Clocks(0.0, *times, *self.mover.clocks())
+
+    def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
+        """Which of these are in the fastest tier, or on their way there."""
+        with self._condition:
+            return self.core.holding(keys)
 
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
@@ -229,6 +257,8 @@ class ExpertCache:
     def _start_orders(self) -> None:
         orders = self.core.take()
         if orders:
+            if self._prefetching is not None:
+                self._prefetching.orders(orders, time.perf_counter())
             self.mover.start(orders)
         if self.core.promoted:
             self.mover.promote(self.core.promoted)
@@ -260,9 +290,11 @@ class ExpertCache:
         while True:
             while self.mover.done:
                 flight = self.mover.done.popleft()
-                if flight.error is not None:
+                ok = flight.error is None
+                self.core.completed(flight.copy.id, ok)
+                forgiven = self._prefetching is not None and self._prefetching.ended(flight.copy, ok, flight.ended)
+                if flight.error is not None and not forgiven:
                     self._errors[flight.copy.id] = flight.error
-                self.core.completed(flight.copy.id, flight.error is None)
             self._start_orders()
             if not self.mover.done:  # a copy that is only enqueued ends while it is started
                 return

@@ -191,6 +191,7 @@ class Recorder:
         self.promoted, self.obsolete = core.promoted, core.obsolete  # the core only appends, the caller clears
         self.place, self.residents, self.counters = core.place, core.residents, core.counters
         self.digest, self.check, self.holds = core.digest, core.check, core.holds
+        self.holding = core.holding
 
     def acquire(self, access: Access) -> Ticket:
         """See `Residency.acquire`."""

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,11 +27,13 @@ from moetier.access import Access, Phase
 from moetier.arenas import DeviceArena, HostArena
 from moetier.cache import ExpertCache
 from moetier.calibration import Calibration, serve_in_place
+from moetier.chunks import SliceCache, forward_in_slices, open_slices
 from moetier.crew import MAX_ROWS, Crew, OneThread, Split, make_crew
 from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of, per_expert_parameters
 from moetier.inplace import InPlace
+from moetier.levers import Levers
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.misses import CPU_EXPERTS
@@ -39,12 +41,14 @@ from moetier.overlap import Overlap, StepClock
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
+from moetier.prefetch_binding import AUTO, OFF, attach_prefetching, check_prefetch
 from moetier.profile import Profile
 from moetier.record import FIELD_ALIGNMENT
 from moetier.registry import find
 from moetier.residency import Residency
+from moetier.routing import Lever
 from moetier.saving import save_streaming
-from moetier.sizing import kv_nbytes, record_nbytes, top_k_of, workspace_nbytes
+from moetier.sizing import kv_nbytes, record_nbytes, slice_nbytes, top_k_of, workspace_nbytes
 from moetier.stores.checkpoint import CheckpointStore, IOMode, slot_nbytes
 from moetier.stores.opening import find_packed, shards_of
 from moetier.stores.packed import PackedStore
@@ -70,9 +74,10 @@ class Options:
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
-    With a GPU, `cpu_experts` says which missing experts the
-    CPU computes where they are: off, auto (as measured at load), always; other than off, outputs depend on timing in
-    their last bits (docs/gpu.md).
+    `prefetch` is auto, off, or the name of a predictor from `moetier.PREDICTORS`; where it does not pay it turns itself
+    off. With a GPU, `cpu_experts` says which missing experts the CPU computes where they are: off, auto (as measured at
+    load), always; other than off, outputs depend on timing in their last bits (docs/gpu.md). `cache_prior`, `keep_top`,
+    `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
     """
 
     device_memory: str | int | None = None
@@ -90,12 +95,24 @@ class Options:
     record_profile: bool = False
     store: str | None = None
     cpu_experts: str = "off"
+    prefetch: str = AUTO
+    cache_prior: float = 0.0
+    keep_top: int | None = None
+    max_rank: int | None = None
+    max_mass: float | None = None
+    drop_misses: float = 0.0
+
+    @property
+    def levers(self) -> Levers:
+        """The lossy levers."""
+        return Levers(self.cache_prior, self.keep_top, self.max_rank, self.max_mass, self.drop_misses)
 
     def check(self) -> None:
         """Raise `ConfigError` for what can be known to be wrong without a model."""
         check_online(self.policy)
         make_admission(self.admission)
         find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
+        check_prefetch(self.prefetch)
         for name in ("device_memory", "host_memory"):
             value = getattr(self, name)
             if value is not None:
@@ -112,6 +129,7 @@ class Options:
             raise ConfigError(f"pin_after: at least 1 access is needed, got {self.pin_after}")
         if self.profile is not None:
             Profile.load(self.profile)
+        self.levers.check()
 
 
 @register_quantization_config(NAME)
@@ -141,7 +159,7 @@ class TieredExperts:
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: ExpertCache | SliceCache,
         plan: Plan,
         layers: list[LayerMap],
         recorder: Recorder | None,
@@ -149,6 +167,7 @@ class TieredExperts:
     ):
         self.cache, self.plan, self.layers = cache, plan, layers
         self.watch: Watch | None = None  # told of every layer's routing, before its experts run
+        self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self._one_thread = OneThread()
@@ -173,13 +192,22 @@ class TieredExperts:
             )
         if self.watch is not None:
             self.watch(layer, index, weights, self._phase)
+        if self.lever is not None:
+            index, weights = self.lever.drop(layer, index, weights)
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        if isinstance(self.cache, SliceCache):
+            return forward_in_slices(module, hidden, routing, self.cache.slices(access))
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small else None
         return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
+
+    @property
+    def phase(self) -> Phase:
+        """Of the step that the model is in."""
+        return self._phase
 
     def observe_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a step of more than one token per sequence is a prefill.
@@ -234,7 +262,7 @@ class TieredExperts:
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase."""
-        steps = {
+        phases = {
             phase.name.lower(): {
                 "steps": self._steps.steps[phase],
                 "tokens": self._steps.tokens[phase],
@@ -242,7 +270,8 @@ class TieredExperts:
             }
             for phase in Phase
         }
-        return {**self.cache.stats(), "phases": steps}
+        stats = {**self.cache.stats(), "phases": phases}
+        return stats if self.lever is None else {**stats, "levers": self.lever.report()}
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
@@ -393,7 +422,10 @@ def map_experts(model: Any, modules: list[tuple[str, Any]], shards: Shards, dtyp
     """Per experts module, where its experts' bytes are; and the experts a token uses."""
     dtype_of = _dtype_plan(model, dtype)
     checkpoint = CheckpointMap(model, shards)
-    maps = [checkpoint.layer(expert_parameters(name, module, dtype_of)) for name, module in modules]
+    maps = [
+        replace(checkpoint.layer(expert_parameters(name, module, dtype_of)), is_transposed=module.is_transposed)
+        for name, module in modules
+    ]
     return maps, top_k_of(model, modules)
 
 
@@ -447,14 +479,21 @@ def attach_cache(
         store = PackedStore(packed, options.io)
     else:
         store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    cache: ExpertCache | SliceCache
     try:
-        cache, recorder = build_cache(store, plan, options, device)
+        if plan.chunks is not None:
+            cache, recorder = slice_cache(store, [module for _, module in modules], plan, options), None
+        else:
+            cache, recorder = build_cache(store, plan, options, device)
     except BaseException:
         store.close()
         raise
     try:
         watch_uses(cache, plan, options, shards, str(getattr(model.config, "_name_or_path", "")))
-        calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
+        calibration = None
+        if isinstance(cache, ExpertCache):
+            calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
+            attach_prefetching(model, cache, options.prefetch, top_k)
     except BaseException:
         cache.close()
         raise
@@ -464,20 +503,27 @@ def attach_cache(
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
-    if device.type == "cpu" and plan.slots < plan.workload.records:  # without readers, nobody is in torch's way
+    readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
+    if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
         tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
     save_streaming(model, shards, maps)
+    if options.levers.on:
+        try:
+            tiered.lever = Lever(model, options.levers)
+        except BaseException:
+            cache.close()
+            raise
 
 
-def watch_uses(cache: ExpertCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
+def watch_uses(cache: ExpertCache | SliceCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
     """Pin experts and count their uses as the options say. Raises `ConfigError` for a profile of another model."""
     pins = options.pin_after is not None or options.profile is not None
     if not (pins or options.record_profile):
         return
     layers, experts, fingerprint = cache.store.layers, cache.store.experts, shards.fingerprint()
-    if pins:
+    if pins and isinstance(cache, ExpertCache):
         known = None if options.profile is None else load_profile(options.profile, layers, experts, fingerprint)
         cache.pinning = WarmPinning(
             cache.core, layers, experts, plan.slots, plan.workload.top_k, options.pin_after, known
@@ -508,6 +554,8 @@ def plan_for(
         kv_nbytes=kv,
         context=options.context,
         workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
+        slice_nbytes=slice_nbytes(maps),
+        slices_reread=any(m.is_transposed for m in maps),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)
@@ -543,6 +591,24 @@ def budgets(options: Options, device: torch.device) -> Machine:
     return Machine(host, parse_size(options.device_memory, "device_memory"))
 
 
+def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: Plan, options: Options) -> SliceCache:
+    """Buffers for slices by a plan without slots. Raises `ConfigError` for options that need a cache."""
+    assert plan.chunks is not None
+    asked = {
+        "pin_after": options.pin_after,
+        "profile": options.profile,
+        "record_events": options.record_events or None,
+        "cpu_experts": None if options.cpu_experts == "off" else options.cpu_experts,
+        "prefetch": None if options.prefetch in (AUTO, OFF) else options.prefetch,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(f"{name}: not without a slot; {plan.advice}")
+    cache = open_slices(store, modules, plan.chunks, options.readers)
+    warnings.warn(plan.advice, RuntimeWarning, stacklevel=2)
+    return cache
+
+
 def build_cache(
     store: CheckpointStore | PackedStore, plan: Plan, options: Options, device: torch.device
 ) -> tuple[ExpertCache, Recorder | None]:
@@ -552,6 +618,8 @@ def build_cache(
     configs = [
         configure(tier.slots, store.records, layers, top_k, options.policy, options.admission) for tier in plan.tiers
     ]
+    if len(configs) > 1:  # together the tiers hold what each alone could not
+        configs[1] = replace(configs[1], exclusive=True, spare=min(top_k, configs[0].slots // 8))
     core = Residency(configs, store.layers, store.experts)
     recorder = Recorder(core) if options.record_events else None
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)

@@ -49,8 +49,9 @@ def from_pretrained(
         device: where to compute; by default the first GPU, else the CPU.
         model_class: the transformers class to load with.
         **kwargs: further fields of `moetier.Options` (admission, context, readers, io, split, record_events,
-            pin_after, profile, record_profile, store, cpu_experts), and anything that `from_pretrained` of
-            transformers takes (dtype, attn_implementation, revision, …).
+            pin_after, profile, record_profile, store, cpu_experts; and the lossy levers: cache_prior, keep_top,
+            max_rank, max_mass, drop_misses), and anything that `from_pretrained` of transformers takes (dtype,
+            attn_implementation, revision, …).
 
     Returns:
         The ordinary transformers model, with its tiers reachable as `model.moetier`.

@@ -50,6 +50,7 @@ class LayerMap:
     layout: RecordLayout
     recipes: tuple[Recipe, ...]
     tensors: tuple[str, ...]
+    is_transposed: bool = False  # the outputs of a matrix are its second dimension
 
 
 def expert_parameters(
@@ -108,7 +109,8 @@ class CheckpointMap:
                         extents.append(Extent(e.file, e.offset, e.nbytes, target))
                         target += e.nbytes
                 else:
-                    conversions.append(Conversion(parameter.field, tuple(feed), self._converter(parameter)))
+                    casts = self._is_plain(parameter, feed, any_dtype=True)
+                    conversions.append(Conversion(parameter.field, tuple(feed), self._converter(parameter), casts))
             recipes.append(Recipe(tuple(extents), tuple(conversions), alignment))
         names = {key for p in parameters for keys in self._feeds[p.name].values() for key in keys}
         return LayerMap(layout, tuple(recipes), tuple(sorted(names, key=dot_natural_key)))
@@ -199,9 +201,9 @@ class CheckpointMap:
         """
         return FIELD_ALIGNMENT if parameter.dtype == torch.float32 and self._operations(parameter) else 8
 
-    def _is_plain(self, parameter: ExpertParameter, feed: list[Source]) -> bool:
-        """Whether the expert's bytes are the sources' bytes one behind the other."""
-        if any(source.dtype != parameter.dtype for source in feed):
+    def _is_plain(self, parameter: ExpertParameter, feed: list[Source], any_dtype: bool = False) -> bool:
+        """Whether the expert's bytes (with `any_dtype`: numbers) are the sources' one behind the other."""
+        if any(source.dtype != (feed[0].dtype if any_dtype else parameter.dtype) for source in feed):
             return False
         for operation in self._operations(parameter):
             if isinstance(operation, MergeModulelist) and operation.dim == 0:

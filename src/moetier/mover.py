@@ -31,12 +31,13 @@ class Flight:
     A write-back from a device goes over two links one after the other; `slot` is its slot in the bounce arena between.
     """
 
-    __slots__ = ("copy", "error", "next_part", "parts", "slot", "unfinished")
+    __slots__ = ("copy", "ended", "error", "next_part", "parts", "slot", "unfinished")
 
     def __init__(self, copy: Copy, parts: int):
         self.copy = copy
         self.error: BaseException | None = None
         self.slot = -1
+        self.ended = 0.0  # when, by `time.perf_counter`
         self.begin(parts)
 
     def begin(self, parts: int) -> None:
@@ -176,6 +177,15 @@ class ThreadMover:
                 self._h2d.ends.append(time.perf_counter())
         self._finish(flight)
 
+    def clocks(self) -> tuple[float, tuple[float, ...]]:
+        """T_io so far, and the busy seconds of each link, both unions.
+
+        The copies of a GPU have a clock of their own; with them T_io is a lower bound.
+        """
+        now = time.perf_counter()
+        links = tuple(link.union_seconds(now) for link in self.links)
+        return max(self.io.seconds(now), *links), links
+
     def promote(self, copy_ids: Iterable[int]) -> None:
         """Treat queued background copies as demanded ones from now on."""
         wanted = set(copy_ids)
@@ -262,6 +272,7 @@ class ThreadMover:
                 link.copies += ended
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
+            flight.ended = begin + elapsed
             if ended and link is self._d2h and flight.copy.kind is Kind.WRITE_BACK and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
                 self._queue(self._write, flight)

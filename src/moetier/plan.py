@@ -11,6 +11,7 @@ from enum import StrEnum
 
 from moetier.errors import CapacityError, ConfigError
 
+PAGE = 4096  # bytes: buffers for slices are whole pages
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {prefix + suffix: 1000**power for power, prefix in enumerate("kmgt", 1) for suffix in ("b",)}
 _UNITS |= {prefix + suffix: 1024**power for power, prefix in enumerate("kmgt", 1) for suffix in ("", "ib", "i")}
@@ -69,6 +70,8 @@ class Workload:
     kv_nbytes: int  # attention cache (and other decoding state) for `context` tokens
     context: int
     workspace_nbytes: int  # activations, read buffers
+    slice_nbytes: int = 0  # the smallest buffer that an expert can be computed through; 0: whole records only
+    slices_reread: bool = False  # a slice is strided in its file, so each one reads the whole field
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class Status(StrEnum):
 
     OK = "ok"
     BELOW_RECOMMENDED = "below recommended"
+    CHUNKED = "chunked"  # no slot: experts stream in slices
     BUDGET_EXHAUSTED = "budget exhausted"
     UNKNOWN_EXPERT_SIZE = "unknown expert size"
     EMPTY = "empty"
@@ -99,6 +103,19 @@ class TierPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """The ring of buffers that slices of experts stream through where there is no memory for a slot."""
+
+    buffers: int
+    nbytes: int  # of one
+
+
+SLICE_NBYTES = 4 << 20  # large enough for full bandwidth; larger ones only make the first one later
+MOST_BUFFERS = 8
+LEAST_BUFFERS = 2  # one is read while the other computes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The slots per tier (fastest first), what the run will take in all, and what to change if it is not enough."""
 
@@ -110,6 +127,7 @@ class Plan:
     advice: str
     host_total_nbytes: int
     device_total_nbytes: int
+    chunks: ChunkPlan | None = None  # only with the status CHUNKED
 
     @property
     def slots(self) -> int:
@@ -120,6 +138,19 @@ class Plan:
 def recommended_slots(workload: Workload) -> int:
     """Twice the experts that a token uses, in every layer: the knee of the hit curves (arXiv 2505.16056)."""
     return min(workload.records, workload.layers * 2 * workload.top_k)
+
+
+def plan_chunks(workload: Workload, nbytes: int) -> ChunkPlan | None:
+    """Buffers for slices within so many bytes; None where they do not suffice, or experts cannot be cut.
+
+    A slice that makes the store read its whole field is made as large as can be: there are fewer of them then.
+    """
+    least = workload.slice_nbytes
+    if least <= 0 or nbytes < LEAST_BUFFERS * least:
+        return None
+    wanted = nbytes // LEAST_BUFFERS if workload.slices_reread else min(nbytes // 4, SLICE_NBYTES)
+    size = max(least, wanted // PAGE * PAGE)
+    return ChunkPlan(min(MOST_BUFFERS, nbytes // size), size)
 
 
 def make_plan(workload: Workload, machine: Machine, slots: int | None = None) -> Plan:
@@ -147,9 +178,18 @@ def make_plan(workload: Workload, machine: Machine, slots: int | None = None) ->
         tiers = (TierPlan("device", top, top * size), TierPlan("host", host, host * size))
         host_total, device_total = staging + host * size, fixed + top * size
         flag, budget = ("device_memory", machine.device_nbytes) if top < 1 else ("host_memory", machine.host_nbytes)
+    if machine.device_nbytes is None and tiers[0].slots < 1:
+        chunks = plan_chunks(workload, machine.host_nbytes - fixed)
+        if chunks is not None:
+            return _chunked_plan(workload, machine, chunks, fixed)
     if min(tier.slots for tier in tiers) < 1:
+        least = size
+        if machine.device_nbytes is None and workload.slice_nbytes:
+            least = min(size, LEAST_BUFFERS * workload.slice_nbytes)
         minimum = (
-            fixed + size if flag != "host_memory" or machine.device_nbytes is None else workload.workspace_nbytes + size
+            fixed + least
+            if flag != "host_memory" or machine.device_nbytes is None
+            else workload.workspace_nbytes + size
         )
         advice = (
             f"{flag} {format_size(budget)} leaves no slot for an expert; the minimum is {format_size(minimum)} "
@@ -168,3 +208,18 @@ def make_plan(workload: Workload, machine: Machine, slots: int | None = None) ->
         if tiers[0].slots == workload.records:
             advice = "every expert fits: after the first use nothing is loaded again"
     return Plan(workload, machine, tiers, recommended, status, advice, host_total, device_total)
+
+
+def _chunked_plan(workload: Workload, machine: Machine, chunks: ChunkPlan, fixed: int) -> Plan:
+    """No slot, but buffers for slices: it runs, and nothing is cached."""
+    recommended = recommended_slots(workload)
+    one, good = fixed + workload.slot_nbytes, fixed + recommended * workload.slot_nbytes
+    nbytes = chunks.buffers * chunks.nbytes
+    reread = ", and read several times over because they are strided in the file" if workload.slices_reread else ""
+    advice = (
+        f"host_memory {format_size(machine.host_nbytes)} leaves no slot for an expert: experts stream in slices of "
+        f"{format_size(chunks.nbytes)}{reread}; nothing is cached, every use of an expert reads it. "
+        f"From {format_size(one)} on experts are cached, {format_size(good)} is recommended"
+    )
+    tiers = (TierPlan("host", 0, nbytes),)
+    return Plan(workload, machine, tiers, recommended, Status.CHUNKED, advice, fixed + nbytes, 0, chunks)

@@ -18,7 +18,7 @@ from moetier.residency import Residency
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
 
-__all__ = ["Prefetcher"]
+__all__ = ["Prefetcher", "ranked"]
 
 _log = logging.getLogger("moetier")
 
@@ -70,7 +70,9 @@ class Prefetcher:
             return 0
         try:
             self.predictor.observe(access, hidden)
-            wanted = self._predictions(access)
+            wanted = ranked(
+                self.predictor, access, self.core.layers, self.core.experts, self.confidence, self.distances
+            )
         except Exception as error:  # whatever a third party's predictor raises
             self.error, wanted = error, {}
             _log.warning("prefetching ends: the predictor failed: %s: %s", type(error).__name__, error)
@@ -99,21 +101,6 @@ class Prefetcher:
             "error": None if self.error is None else f"{type(self.error).__name__}: {self.error}",
         }
 
-    def _predictions(self, access: Access) -> dict[ExpertKey, Prediction]:
-        """What is likely enough, most pressing first: probability, discounted by distance as in MoE-Infinity."""
-        likely: dict[ExpertKey, Prediction] = {}
-        for distance in self.distances:
-            for prediction in self.predictor.predict(access, distance):
-                if not prediction.probability >= self.confidence:  # likeliest first; NaN ends it too
-                    break
-                key = ExpertKey(*prediction.key)
-                if not (0 <= key.layer < self.core.layers and 0 <= key.expert < self.core.experts):
-                    raise ConfigError(f"the predictor named expert {key.expert} of layer {key.layer}: there is none")
-                likely.setdefault(key, prediction)
-        rounds = self.core.layers + 1
-        order = sorted(likely.items(), key=lambda item: -item[1].probability * (1 - (item[1].due - 1) / rounds))
-        return dict(order)
-
     def _cancel_obsolete(self, wanted: dict[ExpertKey, Prediction]) -> None:
         """Take back orders that nobody has taken, where the access they were for has passed or expects them no more."""
         now, ahead = self._accesses, {self._accesses + distance for distance in self.distances}
@@ -122,3 +109,24 @@ class Prefetcher:
             if passed or (due in ahead and key not in wanted):
                 self.cancelled += self.core.cancel(key)
                 del self._queued[key]
+
+
+def ranked(
+    predictor: Predictor, access: Access, layers: int, experts: int, confidence: float, distances: Sequence[int]
+) -> dict[ExpertKey, Prediction]:
+    """What is likely enough, most pressing first: probability, discounted by distance as in MoE-Infinity.
+
+    Raises `ConfigError` for a key that does not exist, and whatever the predictor raises.
+    """
+    likely: dict[ExpertKey, Prediction] = {}
+    for distance in distances:
+        for prediction in predictor.predict(access, distance):
+            if not prediction.probability >= confidence:  # likeliest first; NaN ends it too
+                break
+            key = ExpertKey(*prediction.key)
+            if not (0 <= key.layer < layers and 0 <= key.expert < experts):
+                raise ConfigError(f"the predictor named expert {key.expert} of layer {key.layer}: there is none")
+            likely.setdefault(key, prediction)
+    rounds = layers + 1
+    order = sorted(likely.items(), key=lambda item: -item[1].probability * (1 - (item[1].due - 1) / rounds))
+    return dict(order)

@@ -224,6 +224,10 @@ class Residency:
         """Whether `key` is in tier 0 or on its way there."""
         return key in self._top.entries
 
+    def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
+        """`holds` of many keys at once."""
+        return list(map(self._top.entries.__contains__, keys))
+
     @property
     def busy(self) -> bool:
         """Whether a copy is ordered or in flight."""

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from moetier.mapping import LayerMap
+from moetier.stores.checkpoint import can_slice
+from moetier.stores.slices import can_cut, least_buffer
 
 BASE_WORKSPACE = 24 << 20  # bytes: activations of a decode step, the allocator's slack, thread stacks
 READER_NBYTES = (1 << 20) + 3 * 4096  # each reader's aligned scratch
@@ -37,6 +39,13 @@ def workspace_nbytes(model: Any, readers: int, context: int, top_k: int) -> int:
 def record_nbytes(maps: list[LayerMap]) -> int:
     """Raw bytes of the largest expert."""
     return max(m.layout.nbytes for m in maps)
+
+
+def slice_nbytes(maps: list[LayerMap]) -> int:
+    """The smallest buffer that every expert can be computed through in slices; 0 where they cannot be cut."""
+    if not all(can_slice(m.recipes) and can_cut(m.layout, m.is_transposed) for m in maps):
+        return 0
+    return max(least_buffer(m.layout, m.is_transposed) for m in maps)
 
 
 def top_k_of(model: Any, modules: list[tuple[str, Any]]) -> int:

@@ -23,6 +23,7 @@ from moetier.tiers import Copy
 
 if TYPE_CHECKING:
     from moetier.cache import ExpertCache
+    from moetier.chunks import SliceCache
 
 __all__ = ["LIMIT", "AccessSpan", "Compute", "Part", "Step", "Timeline", "Track", "Wait", "recorded"]
 
@@ -219,7 +220,9 @@ class AccessProbe:
 
 
 @contextmanager
-def recorded(cache: ExpertCache, path: str | PathLike[str] | None = None, limit: int = LIMIT) -> Iterator[Timeline]:
+def recorded(
+    cache: ExpertCache | SliceCache, path: str | PathLike[str] | None = None, limit: int = LIMIT
+) -> Iterator[Timeline]:
     """Record what a cache does within, and save it to `path` at the end, also when an exception ends it.
 
     Raises `ConfigError` for a file that cannot be written, and where the cache is being recorded already.

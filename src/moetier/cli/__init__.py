@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import typer
 
-from moetier.cli import bench, benchio, demo, packing, plan, predict, run, simulate, study, trace, tune
+from moetier.cli import bench, benchio, demo, evaluate, packing, plan, predict, run, simulate, study, trace, tune
 from moetier.cli.errors import EXIT_CODES, Program
 
 _EXIT_CODES = "Exit codes: 0 done; 1 the plan does not work, or another error; "
@@ -35,6 +35,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("demo")(demo.demo)
+app.command("eval")(evaluate.evaluate)
 app.command("pack")(packing.pack)
 app.command("verify")(packing.verify)
 app.command("unpack")(packing.unpack)

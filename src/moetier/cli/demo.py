@@ -33,6 +33,7 @@ def demo(
     ] = None,
     slots: o.Slots = "25%",
     policy: o.Policy = "horizon",
+    prefetch: o.Prefetch = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
     threads: o.Threads = None,
@@ -51,7 +52,7 @@ def demo(
     import_libraries(console, False, threads)
     import torch
 
-    options: dict[str, Any] = {"slots": slots, "policy": policy, "context": 512, "device": "cpu"}
+    options: dict[str, Any] = {"slots": slots, "policy": policy, "context": 512, "device": "cpu", "prefetch": prefetch}
     options |= {"pin_after": pin_after, "profile": profile, "record_profile": save_profile is not None}
     with as_file(files("moetier") / "demo_model") as path:
         folder = find(str(path), None, console)

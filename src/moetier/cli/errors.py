@@ -25,6 +25,7 @@ _FLAGS = (  # the library names its arguments, a user of the command line knows 
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
     (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store): "), r"--\1: "),
     (re.compile(r"^pin_after: "), "--pin-after: "),
+    (re.compile(r"^(cache|keep|max|drop)_(prior|top|rank|mass|misses): "), r"--\1-\2: "),
     (re.compile(r"^processes: "), "--jobs: "),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )

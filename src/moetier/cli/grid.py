@@ -88,6 +88,7 @@ class Grid:
     prefetch_confidence: float | None = None
     prefetch_limit: int | None = None
     prefetch_displace: bool = False
+    prefetch_control: bool = False
     warm_pinning: int | None = None
     dirty: bool = False
     machine: Machine = Machine()
@@ -114,6 +115,7 @@ class Grid:
             "host_policy": self.host_policy,
             "predictor": self.predictor,
             "prefetch_displace": self.prefetch_displace,
+            "prefetch_control": self.prefetch_control,
             "warm_pinning": self.warm_pinning,
             "dirty": self.dirty,
             "timing": self.machine.timing(self.host_slots is not None, self.dirty, self.semantics),
@@ -170,6 +172,7 @@ class Grid:
                 ("--prefetch-confidence", self.prefetch_confidence is not None),
                 ("--prefetch-limit", self.prefetch_limit is not None),
                 ("--prefetch-displace", self.prefetch_displace),
+                ("--prefetch-control", self.prefetch_control),
             ):
                 if given:
                     raise ConfigError(f"{flag} does nothing without --predictor")
@@ -178,6 +181,13 @@ class Grid:
                 make_predictor(self.predictor, trace.layers, trace.num_experts, trace.top_k)
             except ConfigError as error:
                 raise ConfigError(f"--predictor: {error}") from None
+        if self.prefetch_control:
+            if not self.machine.given() or self.scope != "global":
+                raise ConfigError("--prefetch-control measures time: it needs --disk-read-gbps and --scope global")
+            if self.prefetch_displace or (self.prefetch_confidence, self.prefetch_limit) != (None, None):
+                raise ConfigError(
+                    "--prefetch-control chooses by itself; leave out --prefetch-confidence, -limit and -displace"
+                )
         if self.host_policy and self.host_slots is None:
             raise ConfigError("--host-policy does nothing without --host-slots")
         if self.warm_pinning is not None and self.scope != "global":

@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from moetier.policies import ADMISSIONS, POLICIES
+from moetier.predictors import PREDICTORS
 
 _TIERS, _COMPUTE, _TEXT, _OUTPUT = "Experts and memory", "Model and machine", "Text", "Output"
+_LOSSY = "Lossy, off by default: fewer bytes read, another output (see moetier eval)"
 
 Model = Annotated[str, typer.Argument(help="A model folder, or a Hugging Face hub id (owner/name).", metavar="MODEL")]
 
@@ -45,6 +47,15 @@ Admission = Annotated[
     typer.Option(
         metavar="NAME",
         help=f"Which misses may displace other experts: {', '.join(ADMISSIONS)}.",
+        rich_help_panel=_TIERS,
+    ),
+]
+Prefetch = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Load experts before they are wanted, as long as it pays: auto, off, or a predictor: "
+        f"{', '.join(name for name in PREDICTORS if name != 'scoutgate')}.",
         rich_help_panel=_TIERS,
     ),
 ]
@@ -94,6 +105,45 @@ CPUExperts = Annotated[
         help="With a GPU, missing experts that the CPU computes: off, auto (as measured) or always. Other than off, "
         "outputs may differ in the last bits from run to run.",
         rich_help_panel=_TIERS,
+    ),
+]
+
+CachePrior = Annotated[
+    float,
+    typer.Option(
+        help="Raise the router's scores of experts in memory by this share of their range, 0 to 1.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
+    ),
+]
+KeepTop = Annotated[
+    int | None,
+    typer.Option(
+        help="The router's best experts that are always used. Default: 1 of up to 8 experts, else 2.",
+        metavar="N",
+        rich_help_panel=_LOSSY,
+    ),
+]
+MaxRank = Annotated[
+    int | None,
+    typer.Option(
+        help="Prefer experts in memory that are among the router's best N.", metavar="N", rich_help_panel=_LOSSY
+    ),
+]
+MaxMass = Annotated[
+    float | None,
+    typer.Option(
+        help="Prefer experts in memory that are among the best of this probability.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
+    ),
+]
+DropMisses = Annotated[
+    float,
+    typer.Option(
+        help="Do not load experts with less than this share of an even weight, 0 to 1.",
+        metavar="X",
+        rich_help_panel=_LOSSY,
     ),
 ]
 

@@ -1,9 +1,10 @@
 """`moetier plan`: what a model needs and what a budget gives, without loading a weight.
 
 The JSON (`--json`), version 1: `model`, `status`, `advice`, `slots` (of the fastest tier), `recommended_slots`,
-`workload`, `machine` and `tiers` with the fields of `moetier.plan`, `expert_bytes` (all experts: raw, and in_slots as
-an arena would take them), `host_total_nbytes`, `device_total_nbytes`; with --trace or --profile also `forecast`, see
-`moetier.cli.forecasting`; with --measure also `calibration`, see `moetier.cli.costs`.
+`workload`, `machine`, `tiers` and `chunks` (null where there are slots) with the fields of `moetier.plan`,
+`expert_bytes` (all experts: raw, and in_slots as an arena would take them), `host_total_nbytes`, `device_total_nbytes`;
+with --trace or --profile also `forecast`, see `moetier.cli.forecasting`; with --measure also `calibration`, see
+`moetier.cli.costs`.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ def plan(
         if not verbose:
             warnings.simplefilter("ignore")
         result = inspect(folder, options, torch.device(device) if device else None, **extra)
-    works = result.status in (Status.OK, Status.BELOW_RECOMMENDED)
+    works = result.status in (Status.OK, Status.BELOW_RECOMMENDED, Status.CHUNKED)
     found = calibration = None
+    if wanted and result.chunks is not None:
+        raise ConfigError(f"there is nothing to forecast: {result.advice}")
     if wanted and works:
         arguments = extra | ({"device": device} if device else {})
         found = make_forecast(asked, result, folder, options, arguments, console)
@@ -162,7 +165,12 @@ def show(plan: Plan, model: str) -> None:
         f"{work.records} in {work.layers} layers, {work.top_k} per token and layer; "
         f"{format_size(work.records * work.slot_nbytes)} in slots",
     )
-    for tier in plan.tiers:
+    if plan.chunks is not None:
+        size = format_size(plan.chunks.nbytes)
+        table.add_row(
+            "host tier", f"{plan.chunks.buffers} buffers", f"of {size}, for slices; no slots, nothing is cached"
+        )
+    for tier in plan.tiers if plan.chunks is None else ():
         share = 100 * tier.slots / work.records
         table.add_row(
             f"{tier.name} tier", f"{tier.slots} slots", f"{format_size(tier.nbytes)}, {share:.0f} % of the experts"

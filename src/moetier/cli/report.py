@@ -21,6 +21,11 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
                        compute, decide, io, links (union of each), floor (run, with these transfers perfectly hidden);
                        achieved_overlap, attainable_overlap, attainable_overlap_on_demand (shares of io, null where
                        nothing moved); bound and bound_words. docs/timeline.md has the formulas
+    chunks             only where no expert fits a slot: buffers, buffer_bytes, slices_per_expert (at most)
+    levers             only with a lossy lever on: its settings, and of the decoding steps the (token, expert) pairs
+                       that the routers chose, those of them changed, and those dropped
+    prefetches         what `moetier.prefetch_engine.Prefetching.report` says; with --prefetch off, and where every
+                       expert has a slot, only issued, useful, late and wasted, all 0
     pinning            only with --pin-after or --profile: what `moetier.pinning.WarmPinning.report` says
 
 Whatever else `model.moetier.stats()` counts is passed on under its own name.
@@ -36,6 +41,7 @@ from rich.table import Table
 
 from moetier import __version__
 from moetier.access import Phase
+from moetier.levers import Levers
 from moetier.plan import Plan, format_size
 
 STATS_VERSION = 1
@@ -86,7 +92,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     table.add_row("decode", f"{speed['decode_tokens_per_second']:.2f} tokens/s", f"{speed['new_tokens']} tokens")
     table.add_row("prefill", f"{speed['prefill_tokens_per_second']:.2f} tokens/s", f"{speed['prompt_tokens']} tokens")
     table.add_row("first token", f"{speed['first_token_seconds']:.2f} s", f"after {seconds['load']:.1f} s of loading")
-    for tier, planned in zip(result["tiers"], plan["tiers"], strict=True):
+    if "chunks" in result:
+        table.add_row(*_chunks_row(result["chunks"], result["tiers"][0]))
+    for tier, planned in [] if "chunks" in result else zip(result["tiers"], plan["tiers"], strict=True):
         hits, lates, misses = (sum(tier[kind]) for kind in ("hits", "lates", "misses"))
         table.add_row(
             f"{planned['name']} hit rate",
@@ -99,10 +107,15 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"of {plan['experts']} experts, {format_size(planned['bytes'])}; policy {tier['policy']}, "
             f"{tier['evictions']} evictions",
         )
+    if "levers" in result:
+        table.add_row(*_levers_row(result["levers"]))
+    if "controller" in result["prefetches"]:
+        table.add_row(*_prefetch_row(result["prefetches"]))
     if "pinning" in result:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
-        rate = f"{link['copies']} experts, {link['bytes_per_second'] / 1e9:.2f} GB/s while busy"
+        what = "slices" if "chunks" in result else "experts"
+        rate = f"{link['copies']} {what}, {link['bytes_per_second'] / 1e9:.2f} GB/s while busy"
         table.add_row(name, format_size(link["bytes"]), f"{rate}, {link['depth']:.1f} requests at a time")
     table.add_row("experts from", result["store"]["kind"], result["store"]["path"])
     for row in _overlap_rows(result["phases"]):
@@ -142,6 +155,27 @@ def _overlap_rows(phases: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
             f"{percent(phase['attainable_overlap'])} could be: {milliseconds('floor')}, not {milliseconds('run')}",
         )
     yield "bound by", phase["bound"], phase["bound_words"].partition(": ")[2] or phase["bound_words"]
+
+
+def _chunks_row(chunks: dict[str, Any], tier: dict[str, Any]) -> tuple[str, str, str]:
+    """How experts were streamed where there was no slot."""
+    text = f"of {format_size(chunks['buffer_bytes'])}; {sum(tier['misses'])} uses of experts, each read anew in up to "
+    return "buffers", str(chunks["buffers"]), text + f"{chunks['slices_per_expert']} slices: nothing is cached"
+
+
+def _levers_row(levers: dict[str, Any]) -> tuple[str, str, str]:
+    """What the lossy levers did to the routers' choices."""
+    choices = max(1, levers["choices"])
+    settings = Levers(**{name: levers[name] for name in Levers().to_dict()})
+    said = f"{levers['changed']} changed, {levers['dropped']} dropped by {settings}: not the exact model"
+    return "routing kept", f"{100 - 100 * (levers['changed'] + levers['dropped']) / choices:.1f} %", said
+
+
+def _prefetch_row(prefetches: dict[str, Any]) -> tuple[str, str, str]:
+    """What prefetching did, and what its controller made of it."""
+    text = f"{prefetches['useful']} useful ({prefetches['late']} late), {prefetches['wasted']} wasted; "
+    text += prefetches["controller"]["words"] if prefetches["error"] is None else f"ended by {prefetches['error']}"
+    return f"prefetch {prefetches['predictor']}", f"{prefetches['issued']} experts", text
 
 
 def _pinning_row(pinning: dict[str, Any]) -> tuple[str, str, str]:

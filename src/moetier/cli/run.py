@@ -35,10 +35,16 @@ def run(
     context: o.Context = 4096,
     readers: o.Readers = 4,
     io: o.IO = "auto",
+    prefetch: o.Prefetch = "auto",
     pin_after: o.PinAfter = None,
     profile: o.UseProfile = None,
     store: o.Store = None,
     cpu_experts: o.CPUExperts = "off",
+    cache_prior: o.CachePrior = 0.0,
+    keep_top: o.KeepTop = None,
+    max_rank: o.MaxRank = None,
+    max_mass: o.MaxMass = None,
+    drop_misses: o.DropMisses = 0.0,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
     threads: o.Threads = None,
@@ -95,6 +101,12 @@ def run(
         record_profile=save_profile is not None,
         store=store,
         cpu_experts=cpu_experts,
+        cache_prior=cache_prior,
+        keep_top=keep_top,
+        max_rank=max_rank,
+        max_mass=max_mass,
+        drop_misses=drop_misses,
+        prefetch=prefetch,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
     warnings: list[str] = []
@@ -109,6 +121,8 @@ def run(
     begin = time.perf_counter()
     with loaded(folder, console, verbose, **arguments) as lm:
         load_seconds = time.perf_counter() - begin
+        if lm.moetier.plan.chunks is not None:
+            warnings.append(lm.moetier.plan.advice)
         warnings += overruns(lm, inputs["input_ids"].shape[1] + max_new_tokens, context)
         for message in [] if quiet else warnings:
             say("warning", message)

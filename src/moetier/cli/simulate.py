@@ -127,6 +127,12 @@ def simulate(
             "--prefetch-displace", help="Prefetch over victims, not only into free slots.", rich_help_panel=_CACHE
         ),
     ] = False,
+    prefetch_control: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch-control", help="Prefetch as a run does: in idle time, while it pays.", rich_help_panel=_CACHE
+        ),
+    ] = False,
     warm_pinning: Annotated[
         int | None,
         _option(metavar="K", text="After K accesses, pin the most used experts of each layer.", panel=_CACHE, min=1),
@@ -190,7 +196,8 @@ def simulate(
     )
     grid = Grid(
         policy, slots, scope, batch, semantics, seeds, oracle, admission, staging, host_slots, host_policy, predictor,
-        prefetch_confidence, prefetch_limit, prefetch_displace, warm_pinning, dirty, machine,
+        prefetch_confidence, prefetch_limit, prefetch_displace, prefetch_control, warm_pinning, dirty,
+        machine,
     )  # fmt: skip
     fits = any(hasattr(find_policy(parse_policy(name)[0]), "fit") for name in _known(grid))
     if fit is not None and not fits:

@@ -9,6 +9,7 @@ from threading import local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moetier.access import Access
 from moetier.errors import ConfigError
@@ -31,7 +32,7 @@ class NextGate(ScoredPredictor):
     After Eliseev and Mazur (2023, arXiv 2312.17238) and its many followers.
     """
 
-    nearest = 0
+    nearest, warmup = 0, 0
     needs = "model"
 
     def __init__(self, layers: int, experts: int, top_k: int):
@@ -51,6 +52,12 @@ class NextGate(ScoredPredictor):
             raise ConfigError(f"next-gate was made for {self.layers} MoE layers, the model has {len(routers)}")
         self.close()
         self._routers = routers
+
+    def twin(self) -> NextGate:
+        """Another one for the same model, for another thread. The first one closes."""
+        other = NextGate(self.layers, self.experts, self.top_k)
+        other._routers = self._routers
+        return other
 
     def close(self) -> None:
         """Let the model go."""
@@ -73,6 +80,11 @@ class NextGate(ScoredPredictor):
         """Those that a token would choose before all others; within both, from each token's distance to choosing."""
         if self._routers is None or not hasattr(self._seen, "residual"):
             raise ConfigError("next-gate asks the model's own routers: bind(model) it first")
+        if distance:  # the control, at distance 0, asks the modules
+            ranks = self._routers.ranks(target, self._seen.residual)
+            if ranks is not None:
+                one = _guesses(ranks.cpu().numpy(), self.top_k)
+                return np.asarray(one[0] if len(one) == 1 else 1 - np.prod(1 - one, axis=0))
         routed = self._routers.route(target, self._seen.residual)
         index = routed.index.cpu().numpy()  # [T, K]
         chosen = np.zeros((len(index), self.experts), dtype=np.bool_)
@@ -82,6 +94,17 @@ class NextGate(ScoredPredictor):
         else:
             one = _chances(routed.scores.cpu().numpy().astype(np.float64), chosen)
         return np.asarray((chosen.any(axis=0) + 1 - np.prod(1 - one, axis=0)) / 2)
+
+
+def _guesses(logits: NDArray[np.float32], top_k: int) -> Scores:
+    """[T, experts] first guesses from scores of any scale: above one half for the `top_k` best of a token."""
+    experts = logits.shape[1]
+    if top_k >= experts:
+        return np.full(logits.shape, 0.9)
+    parted = np.partition(logits, (experts - top_k - 1, experts - top_k), axis=1)
+    edge = (parted[:, experts - top_k - 1] + parted[:, experts - top_k]) / 2
+    margin = (logits - edge[:, None]) * (_SLOPE / (logits.std(axis=1) + 1e-30))[:, None]
+    return np.asarray(1 / (1 + np.exp(-np.clip(margin, -20, 20))), np.float64)
 
 
 def _chances(ranked: Scores, chosen: np.ndarray[Any, np.dtype[np.bool_]]) -> Scores:

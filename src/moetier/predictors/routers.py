@@ -9,17 +9,24 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from threading import local
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from moetier.errors import UnsupportedModelError
+from moetier.predictors.linear_gate import folded
 
-__all__ = ["Routed", "Routers"]
+__all__ = ["Routed", "Routers", "asking"]
 
 _PROBE_TOKENS = 7  # a number that no width or count of a model is
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("moetier_next_gate", default=False)
+
+
+def asking() -> bool:
+    """Whether a router is being asked here, or a model probed: no token depends on what comes out."""
+    return _inside.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +74,7 @@ class _Layer:
     norm_rank: int
     probe: torch.Tensor = field(repr=False)  # residual of the probe
     index: torch.Tensor = field(repr=False)  # what the router chose there
+    matrix: torch.Tensor | None = field(default=None, repr=False)  # the whole router, if it is no more than one
 
 
 class Routers:
@@ -81,7 +89,7 @@ class Routers:
 
         self._family = f"{type(model).__name__} ({model.config.model_type})"
         self._handles: list[Any] = []
-        self.residual: tuple[int, torch.Tensor] | None = None
+        self._seen = local()  # per thread
         modules = [module for _, module in find_experts(model)]
         calls = self._probe(model, modules)
         try:
@@ -94,12 +102,46 @@ class Routers:
             self.close()
             raise
 
+    @property
+    def residual(self) -> tuple[int, torch.Tensor] | None:
+        """What the norm before the latest MoE layer of this thread's forward saw; None before there was one."""
+        residual: tuple[int, torch.Tensor] | None = getattr(self._seen, "residual", None)
+        return residual
+
     def __len__(self) -> int:
         return len(self._layers)
+
+    def ranks(self, layer: int, residual: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] float32 scores that rank as layer `layer`'s router does, if that is one matrix."""
+        matrix = self._layers[layer].matrix
+        if matrix is None:
+            return None
+        # not numpy: its BLAS would wake threads of its own for this
+        return torch.mm(residual.float(), matrix.t())
 
     def route(self, layer: int, residual: torch.Tensor) -> Routed:
         """What layer `layer`'s router would choose if `residual` [tokens, width] came to it."""
         return contextvars.Context().run(self._route, self._layers[layer], residual)
+
+    def outputs(self, layer: int, residual: torch.Tensor) -> list[Any]:
+        """All that the router of `layer` gives for `residual` [tokens, width]; the choice is at `place(layer)`."""
+        return contextvars.Context().run(self._ask, self._layers[layer], residual)[0]
+
+    def place(self, layer: int) -> int:
+        """Where in a router's outputs its choice is."""
+        return self._layers[layer].place
+
+    def module(self, layer: int) -> torch.nn.Module:
+        """The router itself."""
+        return self._layers[layer].router
+
+    def experts(self, layer: int) -> int:
+        """How many experts it ranks."""
+        return self._layers[layer].experts
+
+    def like_residual(self, layer: int) -> torch.Tensor:
+        """A row, [1, width], of the dtype and on the device of what comes to this layer."""
+        return self._layers[layer].probe
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -108,20 +150,23 @@ class Routers:
         self._handles.clear()
 
     def _route(self, layer: _Layer, residual: torch.Tensor) -> Routed:
+        outputs, ranked = self._ask(layer, residual)
+        index = outputs[layer.place].reshape(len(residual), -1)
+        return Routed(index, _agreeing(ranked, index))
+
+    def _ask(self, layer: _Layer, residual: torch.Tensor) -> tuple[list[Any], torch.Tensor | None]:
         _inside.set(True)  # this context only: recorders of transformers and hooks of ours are off in it
         with torch.no_grad(), _Choices(layer.experts) as choices:
             hidden = residual
             if layer.norm is not None:
                 hidden = layer.norm(_with_rank(residual, layer.norm_rank))
             hidden = _with_rank(hidden, layer.rank)
-            output = layer.router(hidden, *layer.rest, **layer.named)
-        index = _tensors(output)[layer.place].reshape(len(residual), -1)
-        return Routed(index, _agreeing(choices.ranked, index))
+            return _tensors(layer.router(hidden, *layer.rest, **layer.named)), choices.ranked
 
     def _watch(self, number: int) -> Callable[[Any, tuple[Any, ...]], None]:
         def watch(module: Any, args: tuple[Any, ...]) -> None:
             if args and not _inside.get():
-                self.residual = (number, args[0].detach().reshape(-1, args[0].shape[-1]))
+                self._seen.residual = (number, args[0].detach().reshape(-1, args[0].shape[-1]))
 
         return watch
 
@@ -145,7 +190,7 @@ class Routers:
             module.__dict__["forward"] = skip
         try:
             with torch.no_grad():
-                contextvars.Context().run(base, input_ids=ids, use_cache=False)
+                contextvars.Context().run(_as_probe, base, ids)
         finally:
             for module in modules:
                 del module.__dict__["forward"]
@@ -193,10 +238,16 @@ class Routers:
             raise self._refusal(number, reason) from error
         if not torch.equal(routed.index.sort(dim=-1).values, layer.index.sort(dim=-1).values):
             raise self._refusal(number, "its router does not choose again what it chose in the model")
-        layer.probe = layer.index = torch.empty(0)
+        layer.matrix = folded(layer.router, layer.norm, layer.probe, layer.index)
+        layer.probe, layer.index = layer.probe[:1].clone(), torch.empty(0)
 
     def _refusal(self, number: int, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self._family}: next-gate cannot be bound: MoE layer {number}: {reason}")
+
+
+def _as_probe(base: Any, ids: torch.Tensor) -> None:
+    _inside.set(True)
+    base(input_ids=ids, use_cache=False)
 
 
 def _with_rank(tensor: torch.Tensor, rank: int) -> torch.Tensor:

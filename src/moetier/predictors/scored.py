@@ -27,6 +27,7 @@ class ScoredPredictor(ABC):
     """
 
     nearest, farthest = 1, 1 << 30  # the distances that can be asked for
+    warmup = 32  # passes through the model before its probabilities are of use
     needs = ""  # "model" or "tokens": what has to be bound, or told, before anything can be predicted
 
     def __init__(self, layers: int, experts: int, top_k: int):
@@ -58,6 +59,10 @@ class ScoredPredictor(ABC):
         else:
             used[wanted] = min(1.0, self.top_k / max(1, len(wanted)))
         self.learn(access, used)
+
+    def pause(self) -> None:
+        """The next accesses will not be observed: what is expected of them is not to be compared with later ones."""
+        self._open.clear()
 
     def predict(self, access: Access, distance: int = 1) -> Iterator[Prediction]:
         """See `Predictor.predict`. Lazy: read as far as it interests."""

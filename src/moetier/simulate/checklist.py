@@ -164,6 +164,10 @@ def _prefetch(configs: Sequence[SimulationConfig], results: Sequence[Result]) ->
     if config.predictor is None:
         return ""
     total = {name: sum(r.prefetches.get(name, 0) for r in results) for name in ("issued", "useful", "late", "wasted")}
+    if config.prefetch_control:
+        words = "; ".join(dict.fromkeys(r.prefetch_control["words"] for r in results if r.prefetch_control))
+        counts = ", ".join(f"{count:,} {name}" for name, count in total.items())
+        return f"{config.predictor}, as the controller decides. Over all runs: {counts}. {words}."
     where = "over victims too" if config.prefetch_displace else "into free slots only"
     return (
         f"{config.predictor}, from a confidence of {config.prefetch_confidence:g}, at most {config.prefetch_limit} an "

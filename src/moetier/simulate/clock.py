@@ -8,6 +8,7 @@ them back. Time passes only here and only in `_compute` and `_wait`; the same in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from moetier.access import Access, ExpertKey
@@ -15,10 +16,11 @@ from moetier.errors import ConfigError, MoetierError
 from moetier.pinning import WarmPinning
 from moetier.predictors import make_predictor
 from moetier.prefetch import Prefetcher
+from moetier.prefetch_engine import Prefetching
 from moetier.residency import Residency
 from moetier.simulate.config import Result, SimulationConfig
 from moetier.simulate.links import INSTANT, VirtualLink, VirtualMover
-from moetier.tiers import Ticket, TierConfig
+from moetier.tiers import Copy, Ticket, TierConfig
 
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
@@ -43,9 +45,20 @@ class Clock:
         self._timed = config.timing is not None
         self._mover = VirtualMover(self._timing, len(configs[0]))
         self._now = 0.0
+        self._started: dict[int, Copy] = {}  # kept for prefetching only
         self._layer = layers  # of the access before: the first one begins a step
-        self._prefetcher = self._pinning = None
-        if config.predictor is not None:
+        self._prefetcher = self._pinning = self._prefetching = None
+        if config.predictor is not None and config.prefetch_control:
+            if len(self.caches) > 1 or config.timing is None:
+                raise ConfigError("prefetch_control measures time in one cache: give a timing, and scope global")
+            self._prefetching = Prefetching(
+                self.caches[0],
+                partial(make_predictor, config.predictor, layers, experts, top_k),
+                config.predictor,
+                lambda layer: self._timing.record_nbytes,
+            )
+            self._prefetching.withdraw = partial(self._mover.withdraw, 0)
+        elif config.predictor is not None:
             whole = self.caches[0] if len(self.caches) == 1 else LayerCaches(self.caches, layers, experts)
             self._prefetcher = Prefetcher(
                 cast("Residency | Recorder", whole),
@@ -100,6 +113,12 @@ class Clock:
                 raise ConfigError(f"predictor {result.config.predictor!r} failed: {error!r}") from error
             counts = self._prefetcher.counters()
             result.prefetches = {name: counts[name] for name in ("issued", "useful", "late", "wasted", "cancelled")}
+        if self._prefetching is not None:
+            report = self._prefetching.report()
+            if self._prefetching.error is not None:
+                raise ConfigError(f"predictor {result.config.predictor!r} failed: {report['error']}")
+            result.prefetches = {name: report[name] for name in ("issued", "useful", "late", "wasted", "cancelled")}
+            result.prefetch_control = report["controller"]
         if self._pinning is not None:
             result.pinning = self._pinning.report()
             result.pinned = [(key.layer, key.expert) for key in self._pinning.pinned]
@@ -114,6 +133,7 @@ class Clock:
         self._layer = access.layer
         self._compute(timing.layer_seconds)
         self._drain()
+        foresee = self._prefetching is not None and self._prefetching.begin(access, self._now)
         ticket = cache.acquire(access)
         hits = len(ticket.ready)
         if hits < len(access.keys):
@@ -123,7 +143,10 @@ class Clock:
             self._prefetcher.after(access)
             for other in range(len(self.caches)):
                 self._start_orders(other)
+        idle = hits == len(access.keys)
         while not ticket.done:
+            if foresee and not ticket.waiting and (idle or not ticket.ready):
+                foresee = self._foresee(access)
             if not ticket.ready:
                 self._wait(ticket)
             held = [ticket.ready.popleft() for _ in range(1 if ticket.waiting else len(ticket.ready))]
@@ -132,9 +155,20 @@ class Clock:
             for key in held:
                 cache.release(ticket, key, self._dirty)
                 self._start_orders(number)
+        if foresee:
+            self._foresee(access)
         if self._pinning is not None:
             self._pinning.observe(access, hits)
             self._start_orders(number)
+
+    def _foresee(self, access: Access) -> bool:
+        """As the engine does: ask the predictor where the thread would wait or the link idles. False: it is done."""
+        assert self._prefetching is not None
+        self._compute(self._timing.predict_seconds)
+        wanted = self._prefetching.predict(access)
+        if self._prefetching.issue(wanted, self._now):
+            self._start_orders(0)
+        return False
 
     def _math_seconds(self, access: Access, key: ExpertKey) -> float:
         timing = self._timing
@@ -177,8 +211,10 @@ class Clock:
         mover.run_until(self._now)
         told = set()
         while mover.done:
-            number, copy_id = mover.done.popleft()
+            (number, copy_id), when = mover.done.popleft(), mover.times.popleft()
             self.caches[number].completed(copy_id)
+            if self._prefetching is not None:
+                self._prefetching.ended(self._started.pop(copy_id), True, when)
             told.add(number)
         for number in sorted(told):
             self._start_orders(number)
@@ -187,6 +223,9 @@ class Clock:
         cache = self.caches[number]
         orders = cache.take()
         if orders:
+            if self._prefetching is not None:
+                self._prefetching.orders(orders, self._now)
+                self._started.update((copy.id, copy) for copy in orders)
             self._mover.start(number, orders, self._now)
         if cache.promoted:
             self._mover.promote(number, cache.promoted)

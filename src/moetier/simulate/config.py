@@ -37,6 +37,7 @@ class Timing:
     step_seconds: float = 0.0  # once per step: embeddings, head, sampling
     contention: float = 0.0  # compute takes this share longer while copies are under way
     miss_seconds: float = 0.0  # once per access that misses: decisions, cold caches
+    predict_seconds: float = 0.0  # of asking the predictor, once per access, with `prefetch_control`
     wake_seconds: float = 0.0  # from the arrival that the compute thread waited for until it goes on
 
 
@@ -61,6 +62,7 @@ class SimulationConfig:
     prefetch_confidence: float = 0.5
     prefetch_limit: int = 4  # prefetches per access
     prefetch_displace: bool = False  # over victims, not only into free slots
+    prefetch_control: bool = False  # as the engine does it: within a time budget, by the controller; needs a timing
     warm_pinning: int | None = None  # accesses before pinning
     seed: int | None = None  # order of the sequences; None: as they are
     relabel: bool = False  # renumber the experts by the seed: ties, which numbers decide, fall otherwise
@@ -104,7 +106,7 @@ class Result:
     evictions: int
     staged: int
     bytes_moved: dict[str, int]  # per link, in records if there is no timing: disk_read, disk_write, h2d, d2h
-    prefetches: dict[str, int]  # issued, useful, late, wasted
+    prefetches: dict[str, int]  # issued, useful, late, wasted, cancelled
     demand_ratio: float  # mean of (experts needed per access / slots per layer)
     overcommitted: float  # share of accesses where that is above 1
     timeline: list[tuple[int, float]]  # (accesses so far, hit rate of the window)
@@ -112,6 +114,7 @@ class Result:
     wall_seconds: float = 0.0
     pinned: list[tuple[int, int]] = field(default_factory=list)
     pinning: dict[str, Any] = field(default_factory=dict)  # hit rate before and after warming, dropped by the guard
+    prefetch_control: dict[str, Any] = field(default_factory=dict)  # the controller's decision, if there is one
     extra_staging: int = 0  # slots beside `slots`, per cache, for what a policy with admission of its own turns away
     demotions: int = 0  # records copied from the first tier down into the second
     refills: int = 0  # records read again into the second after they left the first

@@ -89,6 +89,7 @@ class VirtualMover:
         self._d2h = VirtualLink("d2h", timing.d2h, size)
         self.links = (self._disk_read, self._disk_write, self._h2d, self._d2h)
         self.done: deque[Order] = deque()  # copies that have ended, in order
+        self.times: deque[float] = deque()  # when they did
         self._home = tiers
         self._events: list[tuple[float, int, VirtualLink, Flight]] = []
         self._begun = 0
@@ -132,6 +133,7 @@ class VirtualMover:
                 self._begin(following, time)
             else:
                 self.done.append(flight.order)
+                self.times.append(time)
             self._begin(link, time)
 
     @property

@@ -149,8 +149,8 @@ def _check(config: SimulationConfig, parts: int) -> None:
         raise ConfigError("exclusive is of two tiers; give host_slots too")
     if (config.spare or config.refill) and not config.exclusive:
         raise ConfigError("spare and refill are of exclusive tiers; give exclusive too")
-    if config.predictor is None and config.prefetch_displace:
-        raise ConfigError("prefetch_displace does nothing without a predictor")
+    if config.predictor is None and (config.prefetch_displace or config.prefetch_control):
+        raise ConfigError("prefetch_displace and prefetch_control do nothing without a predictor")
     if config.floor and parts > 1:
         raise ConfigError("floor is for scope global: with scope layer no layer can displace another's records")
     if config.timing is not None and config.semantics == "sequential":

@@ -43,6 +43,21 @@ class ExpertStore(Protocol):
 
 
 @runtime_checkable
+class SlicedStore(ExpertStore, Protocol):
+    """What a store has beyond `ExpertStore` when a record can be read piece by piece, in less memory than it takes."""
+
+    def sliceable(self, layer: int) -> bool:
+        """Whether every field of every record of the layer can be read by `read_block`."""
+
+    def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
+        """Fill `into` with a block of a field, its rows one behind the other; returns the bytes read for it.
+
+        `rows` count the field's first dimension, `columns` its second (None: all of them, or a field with one
+        dimension). Reading only some columns may cost reading all. Raises `StoreError` naming the file.
+        """
+
+
+@runtime_checkable
 class WritableStore(Protocol):
     """What a store has beyond `ExpertStore` when changed records may be written home. A checkpoint never has it."""
 

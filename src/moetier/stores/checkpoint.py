@@ -16,6 +16,7 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.record import PAGE, RecordLayout, round_up
+from moetier.stores.blocks import fill_block
 from moetier.stores.diskio import DiskFile
 from moetier.stores.shards import Shards
 
@@ -46,11 +47,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """A field that is not bytes of the checkpoint as they are: `run` turns the sources into the field's tensor."""
+    """A field that is not bytes of the checkpoint as they are: `run` turns the sources into the field's tensor.
+
+    With `casts` that is no more than the sources one behind the other in another dtype.
+    """
 
     field: str
     sources: tuple[Source, ...]
     run: Callable[[dict[str, list[torch.Tensor]]], torch.Tensor]
+    casts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,42 @@ class CheckpointStore:
         """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
         self._files[file].read_into(offset, into)
 
+    def sliceable(self, layer: int) -> bool:
+        """Whether the layer's records are the checkpoint's bytes, or casts of them."""
+        return can_slice(self._recipes[layer])
+
+    def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
+        """Read a block of a field; some columns only are picked out of whole rows."""
+        layout = next(f for f in self._layouts[key.layer].fields if f.name == field)
+        recipe = self._recipes[key.layer][key.expert]
+        cast = next((c for c in recipe.conversions if c.field == field), None)
+        if cast is None:
+            extents: Sequence[Extent] = recipe.extents
+            stored, start = layout.dtype, layout.offset
+        else:
+            extents, stored, start = _one_behind_the_other(cast.sources), cast.sources[0].dtype, 0
+        row_nbytes = layout.nbytes // layout.shape[0] // layout.dtype.itemsize * stored.itemsize
+
+        def read(row: int, target: memoryview) -> int:
+            return self._read_span(extents, start + row * row_nbytes, target)
+
+        if cast is None and columns is None:
+            return read(rows.start, into)
+        return fill_block(read, stored, layout, rows, columns, into)
+
+    def _read_span(self, extents: Sequence[Extent], begin: int, into: memoryview) -> int:
+        """Fill `into` from where the record's bytes from `begin` on come from."""
+        end, got = begin + len(into), 0
+        for extent in extents:
+            low, high = max(begin, extent.target), min(end, extent.target + extent.nbytes)
+            if low < high:
+                self._files[extent.file].read_into(
+                    extent.offset + low - extent.target, into[low - begin : high - begin]
+                )
+                got += high - low
+        assert got == len(into), "the extents do not cover the block"
+        return got
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
@@ -205,6 +246,19 @@ def _phase(recipe: Recipe) -> int:
     first = min(recipe.extents, key=lambda extent: (extent.file, extent.offset))
     phase = (first.offset - first.target) % PAGE
     return phase if phase % recipe.alignment == 0 else 0
+
+
+def can_slice(recipes: Sequence[Recipe]) -> bool:
+    """Whether these records can be read in blocks: nothing is converted but dtypes."""
+    return all(conversion.casts for recipe in recipes for conversion in recipe.conversions)
+
+
+def _one_behind_the_other(sources: Sequence[Source]) -> list[Extent]:
+    extents, target = [], 0
+    for source in sources:
+        extents.append(replace(source.extent, target=target))
+        target += source.extent.nbytes
+    return extents
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
