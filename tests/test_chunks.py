@@ -27,6 +27,7 @@ from moetier.plan import LEAST_BUFFERS, Plan, Status
 from moetier.stores import SlicedStore
 from moetier.stores.packed import PackedStore
 from moetier.stores.slices import GRANULE, divide, least_outputs
+from moetier.timeline import Part
 from packs import packed
 from test_families import Outputs, tokens
 
@@ -315,3 +316,15 @@ def test_blocks_are_the_bytes_of_the_record(name: str, dtype: Any, wide: Any, lo
                 store.read_block(key, field.name, rows, columns, memoryview(into))
                 given = torch.frombuffer(into, dtype=field.dtype).view(expected.shape)
                 assert torch.equal(given, expected)
+
+
+def test_the_clocks_and_a_timeline_see_slices(load: Callable[..., Any]) -> None:
+    model = load(share=0.5)
+    with model.moetier.timeline() as timeline:
+        model(input_ids=torch.tensor([[5, 6, 7]]))
+    stats = model.moetier.stats()
+    assert [span.access.layer for span in timeline.accesses()] == list(range(len(stats["tiers"][0]["misses"])))
+    assert sum(part.nbytes for part in timeline.events(Part)) == stats["links"]["disk→host"]["bytes"]
+    phase = stats["phases"]["prefill"]
+    assert phase["wait"] == pytest.approx(stats["seconds"]["wait"])
+    assert phase["io"] > 0 and phase["exposed"] <= phase["wait"] <= phase["run"]

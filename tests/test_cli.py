@@ -48,7 +48,7 @@ OPTIONS = {
         "--drop-misses --dtype --greedy --help --host-memory --io --keep-top --max-mass --max-new-tokens --max-rank "
         "--no-chat --pin-after --policy --prefetch --profile --quiet --readers --repetition-penalty --revision "
         "--save-profile "
-        "--seed --slots --split --stats-json --store --system --temperature --threads --top-k --top-p "
+        "--seed --slots --split --stats-json --store --system --temperature --threads --timeline --top-k --top-p "
         "--trust-remote-code --verbose -h -q MODEL [PROMPT]"
     ),
     "plan": (
@@ -81,6 +81,7 @@ OPTIONS = {
         "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json "
         "--layers --policy --readers --record-size --sampler --seed --steps --store -h"
     ),
+    "bench io": "--help --json --seconds --write-size -h [PATH]",
     "predict evaluate": (
         "--distance --help --json --model --per-layer --predictor --quiet --slots --text --threads --tokens "
         "--trust-remote-code -h -q [TRACE]"

@@ -20,6 +20,7 @@ from moetier.access import Access, ExpertKey
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import CapacityError, MoetierError
 from moetier.mover import ThreadMover
+from moetier.overlap import Clocks
 from moetier.residency import Residency
 from moetier.stores import ExpertStore
 from moetier.tiers import Ticket
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from moetier.pinning import WarmPinning
     from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
+    from moetier.timeline import AccessProbe, Timeline
 
 
 class Lease:
@@ -66,12 +68,14 @@ class ExpertCache:
         self.mover = ThreadMover(store, host, device, self._condition, readers)
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
+        self.probe: Timeline | None = None  # records a timeline of every access
         self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._closed = False
         self._time = 0
         self.wait_seconds = 0.0  # T_wait: nothing to compute, an expert is on its way
+        self.exposed_seconds = 0.0  # of it: a link was busy
         self.compute_seconds = 0.0  # T_compute: the caller works on a lease (on a GPU: launches)
         self.decide_seconds = 0.0  # in the core and the queues
 
@@ -93,6 +97,7 @@ class ExpertCache:
         clock = time.perf_counter
         begin = clock()
         ticket, hits, foresee = self._open(access)
+        probe = None if self.probe is None else self.probe.opened(ticket.access, ticket.ready, begin)
         idle = hits == len(access.keys)  # the links have nothing to do: now is the time
         held: list[Lease] = []
         try:
@@ -108,10 +113,7 @@ class ExpertCache:
                         self.decide_seconds += clock() - begin
                         if ticket.done:
                             return
-                        begin = clock()
-                        self._wait(ticket)
-                        self.wait_seconds += clock() - begin
-                        begin = clock()
+                        begin = self._timed_wait(ticket, probe)
                     most = self._device_first(ticket, limit) if ticket.in_place else limit
                     count = 1 if ticket.waiting else min(most or len(ticket.ready), len(ticket.ready))
                     held = [self._lease(ticket, ticket.ready.popleft()) for _ in range(count)]
@@ -120,6 +122,8 @@ class ExpertCache:
                 yield held
                 begin = clock()
                 self.compute_seconds += begin - now
+                if probe is not None:
+                    probe.computed(now, begin, [lease.key for lease in held])
         finally:
             with self._condition:
                 self._owners.pop(ticket.number, None)
@@ -135,6 +139,8 @@ class ExpertCache:
                     self._start_orders()
                     self._condition.notify_all()
                 self._count(ticket.access, hits)
+            if probe is not None:
+                probe.closed()
 
     def _open(self, access: Access) -> tuple[Ticket, int, bool]:
         with self._condition:
@@ -178,12 +184,20 @@ class ExpertCache:
         """Counters of the core, bytes and time per link, and where the time of the streams went (seconds)."""
         with self._condition:
             counters: dict[str, Any] = dict(self.core.counters())
+        now = time.perf_counter()
         counters["links"] = {
-            link.name: {"bytes": link.nbytes, "busy_seconds": link.busy_seconds, "copies": link.copies}
+            link.name: {
+                "bytes": link.nbytes,
+                "busy_seconds": link.busy_seconds,
+                "union_seconds": link.union_seconds(now),
+                "copies": link.copies,
+            }
             for link in self.mover.links
         }
         counters["seconds"] = {
             "wait": self.wait_seconds,
+            "exposed": self.exposed_seconds,
+            "io": self.mover.io.seconds(now),
             "compute": self.compute_seconds,
             "decide": self.decide_seconds,
         }
@@ -193,6 +207,11 @@ class ExpertCache:
         if self.pinning is not None:
             counters["pinning"] = self.pinning.report()
         return counters
+
+    def clocks(self) -> Clocks:
+        """Where the time went so far, in seconds; a window is the difference of two readings."""
+        times = (self.wait_seconds, self.exposed_seconds, self.compute_seconds, self.decide_seconds)
+        return Clocks(0.0, *times, *self.mover.clocks())
 
     def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
         """Which of these are in the fastest tier, or on their way there."""
@@ -296,6 +315,19 @@ class ExpertCache:
                     minimum_slots=self.core.configs[0].slots + len(ticket.waiting),
                 )
             self._condition.wait()
+
+    def _timed_wait(self, ticket: Ticket, probe: AccessProbe | None) -> float:
+        """`_wait`, accounted for; returns when it ended."""
+        begin = time.perf_counter()
+        io = self.mover.io.seconds(begin)
+        self._wait(ticket)
+        end = time.perf_counter()
+        exposed = min(self.mover.io.seconds(end) - io, end - begin)
+        self.wait_seconds += end - begin
+        self.exposed_seconds += exposed
+        if probe is not None:
+            probe.waited(begin, end, exposed)
+        return end
 
     def _error(self, copy_id: int) -> BaseException:
         error = self._errors.get(copy_id)

@@ -22,6 +22,7 @@ from moetier.arenas import HostArena
 from moetier.errors import CapacityError, MoetierError
 from moetier.experts import Routing
 from moetier.mover import ThreadMover
+from moetier.overlap import Clocks
 from moetier.plan import ChunkPlan
 from moetier.stores import SlicedStore
 from moetier.stores.slices import GRANULE, Cut, SliceStore, cut
@@ -29,6 +30,7 @@ from moetier.tiers import Copy, Kind, Place
 
 if TYPE_CHECKING:
     from moetier.profile import Profile
+    from moetier.timeline import Timeline
 
 _CHECKED_NBYTES = 2 << 20  # weights that the check of products makes up; within the workspace of a run
 
@@ -64,7 +66,10 @@ class SliceCache:
         self._closed = False
         self._ordered = 0
         self._misses = [0] * len(cuts)
-        self.wait_seconds = self.compute_seconds = self.decide_seconds = 0.0  # as in `ExpertCache`
+        self.wait_seconds = self.exposed_seconds = self.compute_seconds = self.decide_seconds = (
+            0.0  # as in `ExpertCache`
+        )
+        self.probe: Timeline | None = None
 
     def slices(self, access: Access) -> Generator[Slice]:
         """Yield every slice of every expert of the access, in the order in which they are computed.
@@ -75,6 +80,7 @@ class SliceCache:
         clock = time.perf_counter
         with self._turn:
             begin = clock()
+            probe = None if self.probe is None else self.probe.opened(access, (), begin)
             base = self._ordered
             keys = [ExpertKey(number, key.expert) for key in access.keys for number in self._cuts[access.layer]]
             flying: dict[int, BaseException | None] = {}
@@ -86,17 +92,26 @@ class SliceCache:
                     ordered = ahead
                     self.decide_seconds += clock() - begin
                     begin = clock()
+                    io = self.mover.io.seconds(begin)
                     self._wait(base + position, flying)
                     now = clock()
+                    exposed = min(self.mover.io.seconds(now) - io, now - begin)
                     self.wait_seconds += now - begin
+                    self.exposed_seconds += exposed
+                    if probe is not None:
+                        probe.waited(begin, now, exposed)
                     yield self._view(key, position)
                     begin = clock()
                     self.compute_seconds += begin - now
+                    if probe is not None:
+                        probe.computed(now, begin, (ExpertKey(access.layer, key.expert),))
             finally:
                 self._drain(flying)  # whoever is next gets buffers that nobody writes to
                 self._misses[access.layer] += len(access.keys)
                 if self.profile is not None:
                     self.profile.add(access)
+                if probe is not None:
+                    probe.closed()
 
     def _order(self, keys: Sequence[ExpertKey], position: int, flying: dict[int, BaseException | None]) -> None:
         """Order slices into the buffers from `position` on."""
@@ -150,17 +165,24 @@ class SliceCache:
 
     def stats(self) -> dict[str, Any]:
         """What `ExpertCache.stats` says, of a tier with no slots, and how experts are cut."""
-        none = [0] * len(self._misses)
+        none, now = [0] * len(self._misses), time.perf_counter()
         tier = {"slots": 0, "policy": "none", "hits": none, "lates": none, "misses": list(self._misses)}
         tier |= {"evictions": 0, "write_backs": 0, "staged": 0}
         return {
             "tiers": [tier],
             "links": {
-                link.name: {"bytes": link.nbytes, "busy_seconds": link.busy_seconds, "copies": link.copies}
+                link.name: {
+                    "bytes": link.nbytes,
+                    "busy_seconds": link.busy_seconds,
+                    "union_seconds": link.union_seconds(now),
+                    "copies": link.copies,
+                }
                 for link in self.mover.links
             },
             "seconds": {
                 "wait": self.wait_seconds,
+                "exposed": self.exposed_seconds,
+                "io": self.mover.io.seconds(now),
                 "compute": self.compute_seconds,
                 "decide": self.decide_seconds,
             },
@@ -170,6 +192,11 @@ class SliceCache:
                 "slices_per_expert": max(map(len, self._cuts)),
             },
         }
+
+    def clocks(self) -> Clocks:
+        """Where the time went so far, in seconds, as in `ExpertCache`."""
+        times = (self.wait_seconds, self.exposed_seconds, self.compute_seconds, self.decide_seconds)
+        return Clocks(0.0, *times, *self.mover.clocks())
 
     def close(self) -> None:
         """Stop the threads and close the files."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -36,6 +37,7 @@ from moetier.levers import Levers
 from moetier.machine import default_device_nbytes, default_host_nbytes
 from moetier.mapping import CheckpointMap, LayerMap, expert_parameters
 from moetier.misses import CPU_EXPERTS
+from moetier.overlap import Overlap, StepClock
 from moetier.pinning import WarmPinning, load_profile
 from moetier.plan import Machine, Plan, Status, Workload, make_plan, parse_size, parse_slots
 from moetier.policies import check_online, find_policy, make_admission, parse_policy
@@ -52,7 +54,9 @@ from moetier.stores.opening import find_packed, shards_of
 from moetier.stores.packed import PackedStore
 from moetier.stores.packed_index import PADDING, PackedIndex
 from moetier.stores.shards import Shards
+from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.tiers import configure
+from moetier.timeline import LIMIT, Timeline, recorded
 
 NAME = "moetier"
 
@@ -172,6 +176,7 @@ class TieredExperts:
         self._needs_mass = needs_mass
         self._clock = 0
         self._phase = Phase.DECODE
+        self._steps = StepClock(cache.clocks)
         self._texts = 0  # begun so far
         self._sequence = 0
 
@@ -216,18 +221,56 @@ class TieredExperts:
             if begins_text(kwargs.get("past_key_values"), self._phase):
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
+            self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
             shared = self.crew is not None and torch.get_num_threads() > 1
             self._small = shared and tokens.shape[0] * tokens.shape[1] <= MAX_ROWS
             if self._small:
                 self._one_thread.enter()
 
-    def after_forward(self, *_: Any) -> None:
-        """Forward hook of the model, called also when the forward failed."""
+    def after_forward(self, module: Any, args: Any, output: Any = None) -> None:
+        """Forward hook of the model, called also when the forward failed, then without an output."""
         self._one_thread.leave()
+        step = None if output is None else self._steps.end()
+        if step is not None and self.cache.probe is not None:
+            self.cache.probe.stepped(*step)
+
+    def overlap(self, phase: Phase = Phase.DECODE) -> Overlap:
+        """T_wait, T_compute, T_io of all forwards of a phase so far, and how much of the transfers was hidden."""
+        cache = self.cache
+        names = tuple(link.name for link in cache.mover.links)
+        on_gpu = cache.device is not None and cache.device.device.type != "cpu"
+        return Overlap(self._steps.clocks[phase], names, on_gpu)
+
+    def oversubscribed(self, watch: CoreWatch | None = None) -> str | None:
+        """Why torch has too many compute threads for the cores that are free, in one line; None if all is well.
+
+        `watch` has seen what other programs do; without one, they are watched for a moment.
+        """
+        compute = torch.get_num_threads()
+        if compute == 1 or (self.cache.device or self.cache.host).device.type != "cpu":
+            return None
+        readers = reader_cores(bool(getattr(self.cache.store, "direct", False)))
+        return oversubscribed(compute, readers, Cores.now(watch))
+
+    def timeline(self, path: str | Path | None = None, limit: int = LIMIT) -> AbstractContextManager[Timeline]:
+        """`with model.moetier.timeline("run.json"):` records what runs within, for ui.perfetto.dev (docs/timeline.md).
+
+        The file is written when the block ends, also by an exception. The last `limit` events of every thread are kept.
+        Raises `ConfigError` for a file that cannot be written, or while another timeline is being recorded.
+        """
+        return recorded(self.cache, path, limit)
 
     def stats(self) -> dict[str, Any]:
-        """Hits, lates and misses per tier and layer; bytes and time per link; T_wait and T_compute in seconds."""
-        stats = self.cache.stats()
+        """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase."""
+        phases = {
+            phase.name.lower(): {
+                "steps": self._steps.steps[phase],
+                "tokens": self._steps.tokens[phase],
+                **self.overlap(phase).summary(),
+            }
+            for phase in Phase
+        }
+        stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}
 
     def events(self) -> EventLog:
@@ -337,6 +380,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TieredExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.options = quantization_config.options
+        self._cores = CoreWatch()
         self._modules: list[tuple[str, Any]] = []
         self._maps: list[LayerMap] = []
 
@@ -364,6 +408,9 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         own_resident_weights(model)
         attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        told = model.moetier.oversubscribed(self._cores)
+        if told is not None:
+            warnings.warn(told, RuntimeWarning, stacklevel=2)
         self.remove_quantization_config(model)
         for module in model.modules():
             if hasattr(getattr(module, "config", None), "_is_quantized"):

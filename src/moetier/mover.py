@@ -13,11 +13,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
+from moetier.overlap import Busy
 from moetier.stores import ExpertStore, WritableStore
 from moetier.tiers import BACKGROUND, Copy, Kind
+
+if TYPE_CHECKING:
+    from moetier.timeline import Timeline
 
 
 class Flight:
@@ -51,7 +56,7 @@ class Link:
     the time (of `time.perf_counter`) at which every copy was through (to a GPU: enqueued).
     """
 
-    def __init__(self, name: str, threads: int, work: Work, drains: bool = False):
+    def __init__(self, name: str, threads: int, work: Work, drains: bool = False, whole: Busy | None = None):
         self.name, self.threads, self.work, self.drains = name, threads, work, drains
         self.workers: list[threading.Thread] = []
         self.condition = threading.Condition()
@@ -59,6 +64,7 @@ class Link:
         self.prefetch: deque[Flight] = deque()
         self.nbytes = 0
         self.thread_seconds = 0.0  # at work, summed over threads
+        self.busy = Busy(whole)  # the time in which any thread was at work
         self.copies = 0
         self.operations = 0
         self.clock: Callable[[], float] | None = None  # where copies go on behind their threads
@@ -69,6 +75,10 @@ class Link:
     def busy_seconds(self) -> float:
         """Seconds of work, summed over threads; of a link to a GPU, seconds with a copy under way."""
         return self.thread_seconds if self.clock is None else self.clock()
+
+    def union_seconds(self, now: float) -> float:
+        """Seconds with at least one request under way, up to `now`; of a link to a GPU, of the copies that ended."""
+        return self.busy.seconds(now) if self.clock is None else self.clock()
 
 
 class ThreadMover:
@@ -93,10 +103,12 @@ class ThreadMover:
         self._store, self._host, self._device = store, host, device
         self._done_condition = done
         self.done: deque[Flight] = deque()  # ended copies; read it holding `done`
-        self._disk = Link("disk→host", readers, self._read)
-        self._h2d = Link("host→device", 1, self._copy_to_device)
-        self._d2h = Link("device→host", 1, self._copy_from_device, drains=True)
-        self._write = Link("host→disk", writers, self._write_home, drains=True)
+        self.io = Busy()  # T_io: the time in which any link was busy
+        self.probe: Timeline | None = None  # told of every part
+        self._disk = Link("disk→host", readers, self._read, whole=self.io)
+        self._h2d = Link("host→device", 1, self._copy_to_device, whole=self.io)
+        self._d2h = Link("device→host", 1, self._copy_from_device, drains=True, whole=self.io)
+        self._write = Link("host→disk", writers, self._write_home, drains=True, whole=self.io)
         self.links = [self._disk] if device is None else [self._disk, self._h2d, self._d2h]
         self._writable = store if isinstance(store, WritableStore) else None
         self._bounce: HostArena | None = None
@@ -148,11 +160,15 @@ class ThreadMover:
 
     def _enqueue(self, flight: Flight) -> None:
         """Hand a copy to the device, and report it: events order the rest, so that no thread has to wait for it."""
+        begin = time.perf_counter()
         nbytes = 0
         try:
             nbytes = self._copy_to_device(flight, 0)
         except BaseException as error:
             flight.error = error
+        probe = self.probe
+        if probe is not None:
+            probe.part(self._h2d.name, flight.copy, 0, begin, time.perf_counter(), nbytes)
         with self._h2d.condition:
             self._h2d.nbytes += nbytes
             self._h2d.operations += 1
@@ -160,6 +176,15 @@ class ThreadMover:
             if self._h2d.ends is not None:
                 self._h2d.ends.append(time.perf_counter())
         self._finish(flight)
+
+    def clocks(self) -> tuple[float, tuple[float, ...]]:
+        """T_io so far, and the busy seconds of each link, both unions.
+
+        The copies of a GPU have a clock of their own; with them T_io is a lower bound.
+        """
+        now = time.perf_counter()
+        links = tuple(link.union_seconds(now) for link in self.links)
+        return max(self.io.seconds(now), *links), links
 
     def promote(self, copy_ids: Iterable[int]) -> None:
         """Treat queued background copies as demanded ones from now on."""
@@ -224,6 +249,7 @@ class ThreadMover:
                 if flight.next_part >= flight.parts:
                     queue.popleft()
             begin = time.perf_counter()
+            link.busy.begin(begin)
             nbytes = 0
             try:
                 if flight.error is None:  # after a failed part the rest is not worth moving
@@ -231,6 +257,10 @@ class ThreadMover:
             except BaseException as error:
                 flight.error = error
             elapsed = time.perf_counter() - begin
+            link.busy.end(begin + elapsed)
+            probe = self.probe
+            if probe is not None:
+                probe.part(link.name, flight.copy, part, begin, begin + elapsed, nbytes)
             with link.condition:
                 link.nbytes += nbytes
                 link.thread_seconds += elapsed

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import typer
 
-from moetier.cli import bench, demo, evaluate, packing, plan, predict, run, simulate, study, trace, tune
+from moetier.cli import bench, benchio, demo, evaluate, packing, plan, predict, run, simulate, study, trace, tune
 from moetier.cli.errors import EXIT_CODES, Program
 
 _EXIT_CODES = "Exit codes: 0 done; 1 the plan does not work, or another error; "
@@ -41,6 +41,7 @@ app.command("verify")(packing.verify)
 app.command("unpack")(packing.unpack)
 app.command("simulate")(simulate.simulate)
 app.command("tune")(tune.tune)
+bench.app.command("io")(benchio.io)
 app.add_typer(bench.app, name="bench")
 app.add_typer(predict.app, name="predict")
 app.add_typer(study.app, name="study")

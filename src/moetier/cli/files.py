@@ -28,6 +28,13 @@ def check_writable(path: str | os.PathLike[str] | None, flag: str) -> None:
         raise ConfigError(f"{flag} {path}: cannot be written ({reason}); give a file in a writable folder") from None
 
 
+def check_file(path: str | os.PathLike[str] | None, flag: str) -> None:
+    """The same for what is written as a file only: pipes and devices are refused too."""
+    check_writable(path, flag)
+    if path is not None and _is_stream(path):
+        raise ConfigError(f"{flag} {path}: a pipe or device; give the name of a file")
+
+
 def write_text(path: str | os.PathLike[str], text: str, flag: str) -> None:
     """Write a text file; pipes and devices (`/dev/stdout`) are written straight. Raises `StoreError` naming `flag`."""
     try:

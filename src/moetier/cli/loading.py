@@ -11,11 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from moetier.access import Phase
+from moetier.cli.errors import say
 from moetier.errors import CheckpointError, ConfigError
+from moetier.threads import CoreWatch, check_threads, delayed
 
 
 def import_libraries(console: Console, verbose: bool, threads: int | None) -> None:
     """Import torch and transformers, which takes seconds, and set them up."""
+    if threads is not None:
+        check_threads(threads, "--threads")
     with console.status("importing torch and transformers"):
         import torch
         import transformers
@@ -74,18 +79,39 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def loaded(folder: Path, console: Console, verbose: bool, **options: Any) -> Iterator[Any]:
-    """The model, closed at the end. Raises what `moetier.from_pretrained` raises."""
+    """The model, closed at the end; says so where it has more threads than cores.
+
+    Raises what `moetier.from_pretrained` raises.
+    """
     import moetier
 
+    watch = CoreWatch()
     with warnings.catch_warnings():
         if not verbose:
             warnings.simplefilter("ignore")
         with _bar(console, verbose):
             model = moetier.from_pretrained(folder, **options)
         try:
-            yield model
+            with _watched_threads(model, console.quiet, verbose, watch):
+                yield model
         finally:
             model.moetier.close()
+
+
+@contextmanager
+def _watched_threads(model: Any, quiet: bool, verbose: bool, watch: CoreWatch) -> Iterator[None]:
+    """Warn of more compute threads than free cores: before a run by what there is, after it by what was seen."""
+    import torch
+
+    told = None if quiet else model.moetier.oversubscribed(watch)
+    if told is not None and not verbose:  # with --verbose the library has told it
+        say("warning", told)
+    during = CoreWatch()
+    yield
+    if not quiet and told is None:
+        told = delayed(torch.get_num_threads(), during, sum(model.moetier.overlap(phase).busy for phase in Phase))
+        if told is not None:
+            say("warning", told)
 
 
 @contextmanager

@@ -233,6 +233,15 @@ StatsJson = Annotated[
         "--stats-json", metavar="FILE", help="Write all counters and timers to this file.", rich_help_panel=_OUTPUT
     ),
 ]
+TimelineFile = Annotated[
+    str | None,
+    typer.Option(
+        "--timeline",
+        metavar="FILE",
+        help="Record every access, wait and transfer to this file, for ui.perfetto.dev; .gz compresses it.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 SaveProfile = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Write how often each expert was used to this file.", rich_help_panel=_OUTPUT),

@@ -12,9 +12,15 @@ The JSON (`--stats-json`), version 1; bytes and seconds are plain numbers, lists
                        tiers: [name, slots, bytes]
     tiers              per tier, fastest first: slots, policy, hits, lates, misses (per layer), hit_rate, evictions,
                        write_backs, staged
-    links              per link: bytes, copies, busy_seconds (summed over its threads), bytes_per_busy_second
-    seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), compute (the
-                       experts' math), decide (residency core and queues)
+    links              per link: bytes, copies, busy_seconds (summed over its threads), union_seconds (any is busy),
+                       bytes_per_busy_second, bytes_per_second (of union_seconds), depth (mean requests while busy)
+    seconds            load, generate; of generate: wait (nothing to compute, an expert on its way), exposed (of it: a
+                       link was busy), compute (the experts' math), decide (residency core and queues), io (any link
+                       busy)
+    phases             prefill and decode, over the model's forwards: steps, tokens, the seconds run, wait, exposed,
+                       compute, decide, io, links (union of each), floor (run, with these transfers perfectly hidden);
+                       achieved_overlap, attainable_overlap, attainable_overlap_on_demand (shares of io, null where
+                       nothing moved); bound and bound_words. docs/timeline.md has the formulas
     chunks             only where no expert fits a slot: buffers, buffer_bytes, slices_per_expert (at most)
     levers             only with a lossy lever on: its settings, and of the decoding steps the (token, expert) pairs
                        that the routers chose, those of them changed, and those dropped
@@ -27,12 +33,14 @@ Whatever else `model.moetier.stats()` counts is passed on under its own name.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from moetier import __version__
+from moetier.access import Phase
 from moetier.levers import Levers
 from moetier.plan import Plan, format_size
 
@@ -47,6 +55,10 @@ def report(model: Any, name: str, speed: dict[str, float], load: float, generate
         tier["hit_rate"] = sum(tier["hits"]) / accesses if accesses else 0.0
     for link in stats["links"].values():
         link["bytes_per_busy_second"] = link["bytes"] / link["busy_seconds"] if link["busy_seconds"] else 0.0
+        link["bytes_per_second"] = link["bytes"] / link["union_seconds"] if link["union_seconds"] else 0.0
+        link["depth"] = link["busy_seconds"] / link["union_seconds"] if link["union_seconds"] else 0.0
+    for phase in Phase:
+        stats["phases"][phase.name.lower()]["bound_words"] = model.moetier.overlap(phase).words()
     stats["seconds"] = {"load": load, "generate": generate, **stats["seconds"]}
     head = {"version": STATS_VERSION, "moetier": __version__, "model": name}
     store = model.moetier.cache.store
@@ -103,18 +115,46 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(*_pinning_row(result["pinning"]))
     for name, link in result["links"].items():
         what = "slices" if "chunks" in result else "experts"
-        rate = f"{link['copies']} {what}, {link['bytes_per_busy_second'] / 1e9:.2f} GB/s per busy thread"
-        table.add_row(name, format_size(link["bytes"]), rate)
+        rate = f"{link['copies']} {what}, {link['bytes_per_second'] / 1e9:.2f} GB/s while busy"
+        table.add_row(name, format_size(link["bytes"]), f"{rate}, {link['depth']:.1f} requests at a time")
     table.add_row("experts from", result["store"]["kind"], result["store"]["path"])
-    table.add_row("T_wait", f"{seconds['wait']:.2f} s", "nothing to compute, an expert on its way")
-    table.add_row("T_compute", f"{seconds['compute']:.2f} s", "the experts' math")
-    table.add_row("decisions", f"{seconds['decide']:.2f} s", "residency core and queues")
-    table.add_row("in all", f"{seconds['generate']:.2f} s", "the rest is attention and sampling")
+    for row in _overlap_rows(result["phases"]):
+        table.add_row(*row)
+    table.add_row("in all", f"{seconds['generate']:.2f} s", f"{seconds['wait']:.2f} s of it waiting")
     for place in ("host", "device"):
         total, budget = plan[f"{place}_bytes"], plan[f"{place}_budget_bytes"]
         if total and budget is not None:
             table.add_row(f"{place} memory", format_size(total), f"planned, of {format_size(budget)}")
     console.print(table)
+
+
+def _overlap_rows(phases: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Where the time of a token went, how much of the transfers was hidden, and what bounds the run."""
+    decoded = phases["decode"]["steps"] > 0
+    phase = phases["decode" if decoded else "prefill"]
+    if not phase["steps"]:
+        return
+    each, unit = 1e3 / phase["steps"], "a token" if decoded else "a prefill"
+
+    def milliseconds(name: str) -> str:
+        return f"{each * phase[name]:.2f} ms"
+
+    def percent(share: float) -> str:
+        return f"{100 * share:.0f} %"
+
+    rest = max(0.0, phase["run"] - phase["wait"] - phase["compute"] - phase["decide"])
+    handover = each * max(0.0, phase["wait"] - phase["exposed"])
+    yield "T_wait", milliseconds("wait"), f"{unit}, nothing to compute; {handover:.2f} ms of it no link is busy"
+    yield "T_compute", milliseconds("compute"), f"{unit}, the experts' math; {each * rest:.2f} ms the rest of the model"
+    yield "decisions", milliseconds("decide"), f"{unit}, residency core and queues"
+    yield "T_io", milliseconds("io"), f"{unit}, a link is busy"
+    if phase["achieved_overlap"] is not None:
+        yield (
+            "I/O hidden",
+            percent(phase["achieved_overlap"]),
+            f"{percent(phase['attainable_overlap'])} could be: {milliseconds('floor')}, not {milliseconds('run')}",
+        )
+    yield "bound by", phase["bound"], phase["bound_words"].partition(": ")[2] or phase["bound_words"]
 
 
 def _chunks_row(chunks: dict[str, Any], tier: dict[str, Any]) -> tuple[str, str, str]:

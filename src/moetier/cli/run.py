@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
-from moetier.cli.files import check_writable, write_text
+from moetier.cli.files import check_file, check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise
 from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
 from moetier.cli.report import report, show
@@ -60,6 +61,7 @@ def run(
     system: o.System = None,
     chat: o.Chat = None,
     stats_json: o.StatsJson = None,
+    timeline: o.TimelineFile = None,
     save_profile: o.SaveProfile = None,
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
@@ -75,6 +77,7 @@ def run(
     sampling = sampling_options(do_sample, temperature, top_p, top_k, repetition_penalty)
     check_writable(stats_json, "--stats-json")
     check_writable(save_profile, "--save-profile")
+    check_file(timeline, "--timeline")
     text = read_prompt(prompt)
     console = Console(stderr=True, quiet=quiet)
     import_libraries(console, verbose, threads)
@@ -126,11 +129,15 @@ def run(
         if seed is not None:
             torch.manual_seed(seed)
         generation = Generation(lm, tokenizer)
-        generation.run(inputs, max_new_tokens=max_new_tokens, **sampling)
+        with lm.moetier.timeline(timeline) if timeline is not None else nullcontext() as recorded:
+            generation.run(inputs, max_new_tokens=max_new_tokens, **sampling)
         result = report(lm, model, speed([generation]), load_seconds, generation.seconds)
         if save_profile is not None:
             lm.moetier.profile().save(save_profile)
     show(result, console)
+    if recorded is not None and not quiet:
+        lost = f"; the first {recorded.dropped} events did not fit" if recorded.dropped else ""
+        print(f"timeline: {timeline}: open it at https://ui.perfetto.dev{lost}", file=sys.stderr)
     if stats_json is not None:
         write_text(stats_json, json.dumps(result, indent=2) + "\n", "--stats-json")
 
