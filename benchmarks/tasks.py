@@ -230,8 +230,8 @@ def task_pack(spec: Spec) -> dict[str, Any]:
 
 def task_plan(spec: Spec) -> dict[str, Any]:
     """moetier's plan for each share. Fails where this engine does not know one of the options."""
-    from moetier.hf import Options
     from moetier.loading import inspect
+    from moetier.options import Options
 
     options = spec.get("options", {})
     unknown = sorted(set(options) - set(Options.__dataclass_fields__))

@@ -21,8 +21,8 @@ from families import FAMILIES, make_checkpoint
 from moetier import CapacityError, ConfigError, MoetierError, StoreError, chunks
 from moetier.access import ExpertKey
 from moetier.chunks import SliceCache
-from moetier.hf import Options
 from moetier.loading import inspect
+from moetier.options import Options
 from moetier.plan import LEAST_BUFFERS, Plan, Status
 from moetier.stores import SlicedStore
 from moetier.stores.packed import PackedStore

@@ -27,8 +27,8 @@ from moetier.cli.costs import show_costs
 from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.errors import ConfigError, StoreError
 from moetier.eventlog import Recorder, replay
-from moetier.hf import Options
 from moetier.misses import AlwaysInPlace, CostModel, Miss, make_miss_policy
+from moetier.options import Options
 from moetier.residency import Residency
 from moetier.tiers import TierConfig
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together

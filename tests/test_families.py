@@ -16,7 +16,8 @@ import moetier
 from conftest import family_class
 from families import FAMILIES, VOCAB, WITHOUT_HOOK
 from moetier import UnsupportedModelError
-from moetier.hf import Options, build_cache
+from moetier.attach import build_cache
+from moetier.options import Options
 from prepared import ONLINE
 
 REFUSED = {"ernie4_5_vl_moe": "feed several parameters at once"}

@@ -24,12 +24,12 @@ from moetier.access import Access, ExpertKey
 from moetier.arenas import CHUNK, DeviceArena, HostArena
 from moetier.cache import ExpertCache
 from moetier.calibration import calibrate
+from moetier.cpu_share import InPlace
 from moetier.experts import Routing, expert_math, forward_from_leases
 from moetier.fences import SlotFences
-from moetier.hf import TieredExperts
-from moetier.inplace import InPlace
 from moetier.record import RecordLayout
 from moetier.residency import Residency
+from moetier.tiered import TieredExperts
 from moetier.tiers import TierConfig
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together
 

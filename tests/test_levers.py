@@ -31,7 +31,8 @@ from moetier.levers import Levers
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], says: str) -> None:
-    from moetier.hf import Options, TieredExpertsConfig
+    from moetier.hf import TieredExpertsConfig
+    from moetier.options import Options
 
     for refuse in (Levers(**settings).check, Options(**settings).check, lambda: TieredExpertsConfig(**settings)):
         with pytest.raises(ConfigError, match=says):

@@ -16,8 +16,8 @@ from conftest import family_class
 from families import FAMILIES, VOCAB, make_checkpoint
 from moetier import CheckpointError, ConfigError, StoreError, TieredExpertsConfig
 from moetier.access import ExpertKey
-from moetier.hf import Options
 from moetier.loading import inspect
+from moetier.options import Options
 from moetier.packing.unpack import unpack
 from moetier.packing.verify import verify
 from moetier.stores.checkpoint import CheckpointStore

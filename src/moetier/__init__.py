@@ -24,8 +24,9 @@ from moetier.residency import Residency
 from moetier.tiers import TierConfig
 
 if TYPE_CHECKING:
-    from moetier.hf import Options, TieredExpertsConfig
+    from moetier.hf import TieredExpertsConfig
     from moetier.loading import from_pretrained
+    from moetier.options import Options
 
 __version__ = "0.1.0"
 
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Options": "moetier.hf",
+    "Options": "moetier.options",
     "TieredExpertsConfig": "moetier.hf",
     "from_pretrained": "moetier.loading",
 }

@@ -25,7 +25,7 @@ Run = list[
 ]  # neighbouring experts: which of the access's experts, in ascending order, and its fields
 
 if TYPE_CHECKING:
-    from moetier.inplace import InPlace
+    from moetier.cpu_share import InPlace
 
 
 def per_expert_parameters(module: torch.nn.Module) -> list[str]:

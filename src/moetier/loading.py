@@ -13,9 +13,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from moetier.attach import plan_for
 from moetier.errors import CheckpointError, ConfigError, MoetierError, UnsupportedModelError
-from moetier.hf import Options, TieredExpertsConfig, detach_experts, find_experts, map_experts, plan_for
+from moetier.hf import TieredExpertsConfig, detach_experts, find_experts, map_experts
 from moetier.mapping import DTYPES, LayerMap
+from moetier.options import Options
 from moetier.plan import Plan
 from moetier.sizing import kv_nbytes
 from moetier.stores.opening import find_packed, original_shards

@@ -17,7 +17,7 @@ from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.plan import Plan, format_size
 
 if TYPE_CHECKING:
-    from moetier.hf import Options
+    from moetier.options import Options
 
 
 def measure_costs(

@@ -79,7 +79,7 @@ def evaluate(
     check_device(device)
     from moetier.evaluation import evaluate as run
     from moetier.evaluation import windows_of
-    from moetier.hf import Options
+    from moetier.options import Options
 
     tiering = Options(
         device_memory=device_memory,

@@ -35,7 +35,7 @@ from moetier.plan import Plan, format_size, parse_slots
 from moetier.profile import Profile
 
 if TYPE_CHECKING:
-    from moetier.hf import Options
+    from moetier.options import Options
     from moetier.trace import Trace
 
 TOKENS, COMPARED = 512, 96  # of the trace that are served; with --compare, where they are run as well

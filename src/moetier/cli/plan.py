@@ -92,8 +92,8 @@ def plan(
         raise ConfigError("--device cpu and --device-memory contradict each other; leave one out")
     import torch
 
-    from moetier.hf import Options
     from moetier.loading import inspect
+    from moetier.options import Options
 
     options = Options(
         device_memory=device_memory,

@@ -84,7 +84,7 @@ def run(
     check_device(device)
     import torch
 
-    from moetier.hf import Options
+    from moetier.options import Options
 
     tiering = Options(
         device_memory,

@@ -89,7 +89,7 @@ def record(
     console = Console(stderr=True, quiet=quiet)
     import_libraries(console, verbose, threads)
     check_device(device)
-    from moetier.hf import Options
+    from moetier.options import Options
     from moetier.recording import RecordOptions, Text, record_texts
 
     how = RecordOptions(mode, tokens, prompt, chunk, batch, generate, temperature, seed, token_ids)  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ class ScoutGate(ScoredPredictor):
         """Be told the tokens by a loaded model, before each of its forwards."""
 
         from moetier.access import Phase
-        from moetier.hf import begins_text
+        from moetier.tiered import begins_text
 
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = kwargs.get("input_ids", args[0] if args else None)

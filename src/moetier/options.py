@@ -1,0 +1,86 @@
+"""How to tier a model's experts: the options of a run, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import get_args
+
+from moetier.crew import Split
+from moetier.errors import ConfigError
+from moetier.levers import Levers
+from moetier.misses import CPU_EXPERTS
+from moetier.plan import parse_size
+from moetier.policies import check_online, make_admission
+from moetier.prefetch_binding import AUTO, check_prefetch
+from moetier.profile import Profile
+from moetier.registry import find
+from moetier.stores.checkpoint import IOMode
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to tier a model's experts. Sizes are bytes or text such as "8GiB"; None means what the machine can spare.
+
+    `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
+    names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
+    `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
+    depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
+    `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
+    `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
+    experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
+    `prefetch` is auto, off, or the name of a predictor from `moetier.PREDICTORS`; where it does not pay it turns itself
+    off. With a GPU, `cpu_experts` says which missing experts the CPU computes where they are: off, auto (as measured at
+    load), always; other than off, outputs depend on timing in their last bits (docs/gpu.md). `cache_prior`, `keep_top`,
+    `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
+    """
+
+    device_memory: str | int | None = None
+    host_memory: str | int | None = None
+    slots: str | int | None = None
+    policy: str = "horizon"
+    admission: str = "decode-only"
+    context: int = 4096
+    readers: int = 4
+    io: IOMode = "auto"
+    split: Split = "auto"
+    record_events: bool = False
+    pin_after: int | None = None
+    profile: str | None = None
+    record_profile: bool = False
+    store: str | None = None
+    cpu_experts: str = "off"
+    prefetch: str = AUTO
+    cache_prior: float = 0.0
+    keep_top: int | None = None
+    max_rank: int | None = None
+    max_mass: float | None = None
+    drop_misses: float = 0.0
+
+    @property
+    def levers(self) -> Levers:
+        """The lossy levers."""
+        return Levers(self.cache_prior, self.keep_top, self.max_rank, self.max_mass, self.drop_misses)
+
+    def check(self) -> None:
+        """Raise `ConfigError` for what can be known to be wrong without a model."""
+        check_online(self.policy)
+        make_admission(self.admission)
+        find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
+        check_prefetch(self.prefetch)
+        for name in ("device_memory", "host_memory"):
+            value = getattr(self, name)
+            if value is not None:
+                parse_size(value, name)
+        if self.io not in ("auto", "direct", "buffered"):
+            raise ConfigError(f"io: {self.io!r} is unknown; choose auto, direct or buffered")
+        if self.split not in get_args(Split):
+            raise ConfigError(f"split: {self.split!r} is unknown; choose {', '.join(get_args(Split))}")
+        if self.readers < 1:
+            raise ConfigError(f"readers: at least 1 thread is needed, got {self.readers}")
+        if self.context < 1:
+            raise ConfigError(f"context: at least 1 token is needed, got {self.context}")
+        if self.pin_after is not None and self.pin_after < 1:
+            raise ConfigError(f"pin_after: at least 1 access is needed, got {self.pin_after}")
+        if self.profile is not None:
+            Profile.load(self.profile)
+        self.levers.check()
