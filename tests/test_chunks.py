@@ -25,8 +25,10 @@ from moetier.hf import Options
 from moetier.loading import inspect
 from moetier.plan import LEAST_BUFFERS, Plan, Status
 from moetier.stores import SlicedStore
+from moetier.stores.packed import PackedStore
 from moetier.stores.slices import GRANULE, divide, least_outputs
 from moetier.timeline import Part
+from packs import packed
 from test_families import Outputs, tokens
 
 # Stored per expert, fused, fused and transposed with biases, fused and transposed, without gate. Wide enough to be cut.
@@ -216,6 +218,15 @@ def test_watching_profiles_and_saving_go_on_working(wide: Any, load: Any, tmp_pa
     model.save_pretrained(tmp_path)
     saved = family_class(NAME).from_pretrained(tmp_path, dtype="auto").eval()
     assert torch.equal(saved(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_from_a_packed_store(name: str, wide: Any, load: Any, tmp_path: Path) -> None:
+    expected = Outputs.of(family_class(name).from_pretrained(wide(name), dtype="auto").eval())
+    packed(wide(name), tmp_path / "packed", name)
+    model = load(name, share=0.5, store=str(tmp_path / "packed"))
+    assert isinstance(model.moetier.cache.store, PackedStore)
+    expected.check(Outputs.of(model))
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

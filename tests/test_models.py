@@ -298,7 +298,8 @@ def test_residents_are_the_bytes_of_the_checkpoint(plain: Get, tiered: Get) -> N
     for layer, expert in residents:
         key = ExpertKey(layer, expert)
         experts = plain(NAME).model.layers[layer].mlp.experts
-        for name, view in cache._lease(key).fields.items():
+        views = cache.host.views(cache.core.place(key).slot, cache.store.layout(layer), cache.store.phase(key))
+        for name, view in views.items():
             assert torch.equal(view, getattr(experts, name)[expert])
 
 

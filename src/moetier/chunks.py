@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -210,14 +210,16 @@ class SliceCache:
 
 def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slices: Generator[Slice]) -> torch.Tensor:
     """What `experts.forward_from_leases` computes, [T, H] → [T, H], from slices: the same products, in parts."""
-    if not routing.tokens:  # no tokens
+    if not routing.tokens:
         return torch.zeros_like(hidden)
+    edges = list(accumulate(routing.tokens, initial=0))
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = down = rows.new_empty(0)
     with closing(slices):
         for part in slices:
-            begin, end = routing.rows_of(part.expert)
+            number = routing.number[part.expert]
+            begin, end = edges[number], edges[number + 1]
             weight = part.weight if module.is_transposed else part.weight.t()
             first, last = part.outputs.start, part.outputs.stop
             if part.field == up_name:

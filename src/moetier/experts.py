@@ -86,12 +86,6 @@ class Routing:
                 mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
                 self.mass = tuple(mass.tolist())
 
-    def rows_of(self, expert: int) -> tuple[int, int]:
-        """Where an expert's sorted rows begin and end."""
-        number = self.number[expert]
-        begin = sum(self.tokens[:number])
-        return begin, begin + self.tokens[number]
-
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
         inverse = torch.empty_like(self.order)

@@ -554,7 +554,7 @@ def plan_for(
         kv_nbytes=kv,
         context=options.context,
         workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
-        slice_nbytes=slice_nbytes(maps),
+        slice_nbytes=slice_nbytes(maps, packed is not None),
         slices_reread=any(m.is_transposed for m in maps),
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
@@ -600,6 +600,7 @@ def slice_cache(store: CheckpointStore | PackedStore, modules: list[Any], plan: 
         "record_events": options.record_events or None,
         "cpu_experts": None if options.cpu_experts == "off" else options.cpu_experts,
         "prefetch": None if options.prefetch in (AUTO, OFF) else options.prefetch,
+        "lossy levers": options.levers if options.levers.on else None,
     }
     for name, value in asked.items():
         if value is not None:

@@ -41,9 +41,12 @@ def record_nbytes(maps: list[LayerMap]) -> int:
     return max(m.layout.nbytes for m in maps)
 
 
-def slice_nbytes(maps: list[LayerMap]) -> int:
-    """The smallest buffer that every expert can be computed through in slices; 0 where they cannot be cut."""
-    if not all(can_slice(m.recipes) and can_cut(m.layout, m.is_transposed) for m in maps):
+def slice_nbytes(maps: list[LayerMap], is_packed: bool = False) -> int:
+    """The smallest buffer that every expert can be computed through in slices; 0 where they cannot be cut.
+
+    In a packed store every expert lies as the math wants it, whatever the checkpoint's recipes.
+    """
+    if not all((is_packed or can_slice(m.recipes)) and can_cut(m.layout, m.is_transposed) for m in maps):
         return 0
     return max(least_buffer(m.layout, m.is_transposed) for m in maps)
 

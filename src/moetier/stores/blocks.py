@@ -1,4 +1,7 @@
-"""Blocks of a field that are not as a file has them: rows are read aside, cast, and columns picked from them."""
+"""Blocks of a field from a reader of byte spans: whole rows as they are, some columns picked out of whole rows, casts.
+
+What `SlicedStore.read_block` of every store is made of. Knows neither files nor records.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ import torch
 from moetier.record import Field
 from moetier.stores.diskio import aligned_buffer
 
-_WINDOW_NBYTES = 1 << 20
+WINDOW_NBYTES = 1 << 20  # read aside at once
 
-ReadRows = Callable[[int, memoryview], int]  # fills the view with whole stored rows from this one on; bytes read
+Span = Callable[[int, memoryview], None]  # fill the memory from a byte of the stored field on
 
 
 class _Windows(threading.local):
-    """Each thread's own memory for rows that are cast or picked from before they reach their place."""
+    """Each thread's own memory for rows that are cast or picked from before they reach their block."""
 
     memory = memoryview(b"")
 
@@ -24,25 +27,28 @@ class _Windows(threading.local):
 _windows = _Windows()
 
 
-def fill_block(
-    read: ReadRows, stored: torch.dtype, field: Field, rows: range, columns: range | None, into: memoryview
+def _window(nbytes: int) -> memoryview:
+    if len(_windows.memory) < nbytes:
+        _windows.memory = aligned_buffer(max(nbytes, WINDOW_NBYTES))
+    return _windows.memory[:nbytes]
+
+
+def read_block(
+    span: Span, field: Field, stored: torch.dtype, rows: range, columns: range | None, into: memoryview
 ) -> int:
-    """Fill `into` with `rows` of a field, of each the `columns` (None: all), from rows of the `stored` dtype."""
+    """Fill `into` with a block of a field that `span` reads in the dtype `stored`; returns the bytes read."""
     width = field.nbytes // field.shape[0] // field.dtype.itemsize
     row_nbytes = width * stored.itemsize
+    if stored == field.dtype and columns is None:
+        span(rows.start * row_nbytes, into)
+        return len(into)
     target = torch.frombuffer(into, dtype=field.dtype).view(len(rows), -1)
-    total, step = 0, max(1, _WINDOW_NBYTES // row_nbytes)
+    step = max(1, WINDOW_NBYTES // row_nbytes)
     for first in range(rows.start, rows.stop, step):
         count = min(step, rows.stop - first)
         window = _window(count * row_nbytes)
-        total += read(first, window)
+        span(first * row_nbytes, window)
         block = torch.frombuffer(window, dtype=stored).view(count, width)
         picked = block if columns is None else block[:, columns.start : columns.stop]
         target[first - rows.start : first - rows.start + count].copy_(picked)
-    return total
-
-
-def _window(nbytes: int) -> memoryview:
-    if len(_windows.memory) < nbytes:
-        _windows.memory = aligned_buffer(max(nbytes, _WINDOW_NBYTES))
-    return _windows.memory[:nbytes]
+    return len(rows) * row_nbytes

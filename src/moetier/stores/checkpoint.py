@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.stores.blocks import fill_block
+from moetier.stores.blocks import read_block
 from moetier.stores.diskio import DiskFile
 from moetier.stores.shards import Shards
 
@@ -186,45 +187,36 @@ class CheckpointStore:
         target_tensor.copy_(conversion.run(inputs))
         return nbytes
 
-    def read_range(self, file: int, offset: int, into: memoryview) -> None:
-        """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
-        self._files[file].read_into(offset, into)
-
     def sliceable(self, layer: int) -> bool:
         """Whether the layer's records are the checkpoint's bytes, or casts of them."""
         return can_slice(self._recipes[layer])
 
     def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
         """Read a block of a field; some columns only are picked out of whole rows."""
-        layout = next(f for f in self._layouts[key.layer].fields if f.name == field)
+        shape = next(f for f in self._layouts[key.layer].fields if f.name == field)
         recipe = self._recipes[key.layer][key.expert]
         cast = next((c for c in recipe.conversions if c.field == field), None)
         if cast is None:
-            extents: Sequence[Extent] = recipe.extents
-            stored, start = layout.dtype, layout.offset
-        else:
-            extents, stored, start = _one_behind_the_other(cast.sources), cast.sources[0].dtype, 0
-        row_nbytes = layout.nbytes // layout.shape[0] // layout.dtype.itemsize * stored.itemsize
+            span = partial(self._read_span, recipe.extents, shape.offset)
+            return read_block(span, shape, shape.dtype, rows, columns, into)
+        span = partial(self._read_span, _one_behind_the_other(cast.sources), 0)
+        return read_block(span, shape, cast.sources[0].dtype, rows, columns, into)
 
-        def read(row: int, target: memoryview) -> int:
-            return self._read_span(extents, start + row * row_nbytes, target)
-
-        if cast is None and columns is None:
-            return read(rows.start, into)
-        return fill_block(read, stored, layout, rows, columns, into)
-
-    def _read_span(self, extents: Sequence[Extent], begin: int, into: memoryview) -> int:
-        """Fill `into` from where the record's bytes from `begin` on come from."""
+    def _read_span(self, extents: Sequence[Extent], start: int, begin: int, into: memoryview) -> None:
+        """Fill `into` from where the record's bytes from `start + begin` on come from."""
+        begin += start
         end, got = begin + len(into), 0
         for extent in extents:
             low, high = max(begin, extent.target), min(end, extent.target + extent.nbytes)
             if low < high:
-                self._files[extent.file].read_into(
-                    extent.offset + low - extent.target, into[low - begin : high - begin]
-                )
+                part = into[low - begin : high - begin]
+                self._files[extent.file].read_into(extent.offset + low - extent.target, part)
                 got += high - low
         assert got == len(into), "the extents do not cover the block"
-        return got
+
+    def read_range(self, file: int, offset: int, into: memoryview) -> None:
+        """Read bytes of a file that holds experts as they are; `StoreError` when they cannot be had."""
+        self._files[file].read_into(offset, into)
 
     def close(self) -> None:
         """Close the files."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moetier.access import ExpertKey
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.stores.blocks import fill_block
+from moetier.stores.blocks import read_block
 from moetier.stores.checkpoint import IOMode
 from moetier.stores.diskio import DiskFile
 from moetier.stores.packed_index import PackedIndex
@@ -97,23 +97,19 @@ class PackedStore:
         return end - begin
 
     def sliceable(self, layer: int) -> bool:
-        """Always: a record is whole fields one behind the other."""
+        """Records are what the math wants: always."""
         return True
 
     def read_block(self, key: ExpertKey, field: str, rows: range, columns: range | None, into: memoryview) -> int:
         """Read a block of a field; some columns only are picked out of whole rows."""
         record = self.index.record(key)
-        layout = next(f for f in self._layouts[key.layer].fields if f.name == field)
-        row_nbytes = layout.nbytes // layout.shape[0]
-        file, start = self._files[record.file], record.offset + record.phase + layout.offset
+        shape = next(f for f in self._layouts[key.layer].fields if f.name == field)
+        start = record.offset + record.phase + shape.offset
 
-        def read(row: int, target: memoryview) -> int:
-            file.read_into(start + row * row_nbytes, target)
-            return len(target)
+        def span(begin: int, target: memoryview) -> None:
+            self._files[record.file].read_into(start + begin, target)
 
-        if columns is None:
-            return read(rows.start, into)
-        return fill_block(read, layout.dtype, layout, rows, columns, into)
+        return read_block(span, shape, shape.dtype, rows, columns, into)
 
     def close(self) -> None:
         """Close the files."""
