@@ -33,6 +33,7 @@ from moetier.stores.opening import find_packed
 from moetier.stores.packed import PackedStore
 from moetier.stores.packed_index import PackedIndex
 from moetier.stores.shards import Shards
+from moetier.stream_ahead import StreamAhead
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
 
@@ -75,6 +76,8 @@ def attach_cache(
         if isinstance(cache, ExpertCache):
             calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
             attach_prefetching(model, cache, options.prefetch, top_k)
+            if options.prefetch != OFF and plan.slots < plan.workload.records:
+                cache.ahead = StreamAhead(cache.core, tuple(len(m.recipes) for m in maps))
     except BaseException:
         cache.close()
         raise

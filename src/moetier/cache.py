@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moetier.pinning import WarmPinning
     from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
+    from moetier.stream_ahead import StreamAhead
     from moetier.timeline import AccessProbe, Timeline
 
 
@@ -69,6 +70,7 @@ class ExpertCache:
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
         self.probe: Timeline | None = None  # records a timeline of every access
+        self.ahead: StreamAhead | None = None  # starts the next layer of a prefill
         self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
         self._owners: dict[int, int] = {}  # live ticket -> thread
@@ -155,6 +157,8 @@ class ExpertCache:
             ticket = self.core.acquire(access)
             hits = len(ticket.ready)
             self._owners[ticket.number] = threading.get_ident()
+            if self.ahead is not None:
+                self.ahead.demanded(access)
             self._start_orders()
             return ticket, hits, foresee
 
@@ -282,6 +286,8 @@ class ExpertCache:
         if self.device is not None and not lease.in_place:
             self.device.used(lease.slot)
         self.core.release(ticket, lease.key, lease.dirty)
+        if self.ahead is not None and not ticket.waiting:
+            self.ahead.released(ticket.access)
         self._start_orders()
         if len(self._owners) > 1:  # another stream may wait for this slot
             self._condition.notify_all()

@@ -275,7 +275,8 @@ def products_can_be_cut(dtype: torch.dtype, inputs: int, outputs: int, is_transp
     Tried on made-up weights of this many inputs, for one, two and many rows. Products are not specified to do so: a
     library may sum in another order for a narrower matrix.
     """
-    wide = min(outputs, max(2 * GRANULE, _CHECKED_NBYTES // (inputs * dtype.itemsize)))
+    most = _CHECKED_NBYTES // (inputs * dtype.itemsize) // GRANULE * GRANULE  # whole granules: aligned if transposed
+    wide = min(outputs, max(2 * GRANULE, most))
     generator = torch.Generator().manual_seed(inputs)
     weight = torch.rand(wide, inputs, dtype=dtype, generator=generator).sub_(0.5)
     weight = weight.t().contiguous() if is_transposed else weight.t()

@@ -1,0 +1,52 @@
+"""During a prefill: the next layer's loads begin before this layer ends, so that the disk never waits for a router.
+
+A long prompt needs nearly every expert of a layer, so what comes next needs no predictor. Its experts go into staging
+slots that this layer has done with; they displace nothing, and the decode working set stays. Sans-I/O: the caller holds
+the core's lock and starts the orders.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from moetier.access import Access, ExpertKey, Phase
+from moetier.residency import Residency
+
+if TYPE_CHECKING:
+    from moetier.eventlog import Recorder
+
+SATURATED = 0.75  # share of a layer's experts that an access needs for the next layer's needs to be taken as known
+
+
+class StreamAhead:
+    """For `core`; `experts` are those of each layer."""
+
+    def __init__(self, core: Residency | Recorder, experts: tuple[int, ...]):
+        self._core, self._experts = core, experts
+        self._staged: dict[int, set[ExpertKey]] = {}  # by layer, not demanded yet
+        self.issued = 0
+
+    def demanded(self, access: Access) -> None:
+        """After `acquire`: what was staged for this layer has been found, or will not be wanted."""
+        staged = self._staged.pop(access.layer, None)
+        for key in staged.difference(access.keys) if staged else ():
+            self._core.cancel(key)
+
+    def released(self, access: Access) -> bool:
+        """After a release, when no expert of the access waits for a slot any more; whether anything was ordered."""
+        layer = access.layer + 1
+        if access.phase is not Phase.PREFILL or layer >= len(self._experts):
+            return False
+        if len(access.keys) < SATURATED * self._experts[access.layer]:
+            return False
+        staged = self._staged.setdefault(layer, set())
+        before = len(staged)
+        for expert in range(self._experts[layer]):  # in the order in which the next access will ask
+            key = ExpertKey(layer, expert)
+            if self._core.holds(key):
+                continue
+            if not self._core.prefetch(key, staged=True):
+                break
+            staged.add(key)
+        self.issued += len(staged) - before
+        return len(staged) > before
