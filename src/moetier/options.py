@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 from moetier.crew import Split
@@ -15,6 +15,7 @@ from moetier.prefetch_binding import AUTO, check_prefetch
 from moetier.profile import Profile
 from moetier.registry import find
 from moetier.stores.checkpoint import IOMode
+from moetier.threads import default_readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,10 @@ class Options:
     """How to tier a model's experts. Sizes are bytes or text such as "8GiB"; None means what the machine can spare.
 
     `slots` (a number, or a share of all experts such as "25%") overrides the size of the fastest tier. Policies are
-    names from `moetier.POLICIES`. `readers` are threads that read the disk; `io` is auto, direct or buffered.
-    `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes and shapes whose products do not
-    depend on the number of threads), by "products" (torch's own way), or "auto": experts where that is exact.
+    names from `moetier.POLICIES`. `readers` are threads that read the disk (by default one per core, from two to four);
+    `io` is auto, direct or buffered. `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes
+    and shapes whose products do not depend on the number of threads), by "products" (torch's own way), or "auto":
+    experts where that is exact.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
@@ -40,7 +42,7 @@ class Options:
     policy: str = "horizon"
     admission: str = "decode-only"
     context: int = 4096
-    readers: int = 4
+    readers: int = field(default_factory=default_readers)
     io: IOMode = "auto"
     split: Split = "auto"
     record_events: bool = False

@@ -28,6 +28,11 @@ def reader_cores(direct: bool) -> float:
     return 0.25 if direct else 0.6
 
 
+def default_readers() -> int:
+    """Disk readers of a run: a fifth brings nothing more, and more than there are cores are in the math's way."""
+    return min(4, max(2, math.floor(usable_cores())))
+
+
 def usable_cores() -> float:
     """Cores this process may use, in cores' worth of time: its affinity mask, or its control groups' quota if less."""
     allowed = float(len(os.sched_getaffinity(0)))

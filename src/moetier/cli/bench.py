@@ -44,7 +44,7 @@ def cache(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
-    readers: o.Readers = 4,
+    readers: o.Readers = o.READERS,
     experts: Annotated[int, typer.Option(metavar="N", min=1, help="Records.", rich_help_panel=_WORK)] = 2048,
     layers: Annotated[
         int, typer.Option(metavar="N", min=1, help="Layers they are spread over.", rich_help_panel=_WORK)

@@ -53,7 +53,7 @@ def evaluate(
     slots: o.Slots = None,
     policy: o.Policy = "horizon",
     admission: o.Admission = "decode-only",
-    readers: o.Readers = 4,
+    readers: o.Readers = o.READERS,
     io: o.IO = "auto",
     device: o.Device = None,
     dtype: o.Dtype = "auto",

@@ -8,6 +8,7 @@ import typer
 
 from moetier.policies import ADMISSIONS, POLICIES
 from moetier.predictors import PREDICTORS
+from moetier.threads import default_readers
 
 _TIERS, _COMPUTE, _TEXT, _OUTPUT = "Experts and memory", "Model and machine", "Text", "Output"
 _LOSSY = "Lossy, off by default: fewer bytes read, another output (see moetier eval)"
@@ -252,3 +253,4 @@ Quiet = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what transformers has to say.", rich_help_panel=_OUTPUT)]
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+READERS = default_readers()

@@ -37,7 +37,7 @@ def plan(
     host_memory: o.HostMemory = None,
     slots: o.Slots = None,
     context: o.Context = 4096,
-    readers: o.Readers = 4,
+    readers: o.Readers = o.READERS,
     policy: o.Policy = "horizon",
     store: o.Store = None,
     trace: Annotated[

@@ -33,7 +33,7 @@ def run(
     policy: o.Policy = "horizon",
     admission: o.Admission = "decode-only",
     context: o.Context = 4096,
-    readers: o.Readers = 4,
+    readers: o.Readers = o.READERS,
     io: o.IO = "auto",
     prefetch: o.Prefetch = "auto",
     pin_after: o.PinAfter = None,

@@ -63,7 +63,7 @@ def record(
     host_memory: o.HostMemory = None,
     slots: o.Slots = None,
     policy: o.Policy = "horizon",
-    readers: o.Readers = 4,
+    readers: o.Readers = o.READERS,
     store: o.Store = None,
     device: o.Device = None,
     dtype: o.Dtype = "auto",
