@@ -128,6 +128,7 @@ def plan_for(
     """The plan for a model whose experts are detached (its other weights may be on the meta device)."""
     slot = packed.slot_nbytes if packed else slot_nbytes([m.layout for m in maps], [m.recipes for m in maps])
     records = sum(len(m.recipes) for m in maps)
+    strided = any(m.is_transposed for m in maps)
     workload = Workload(
         layers=len(maps),
         records=records,
@@ -137,9 +138,9 @@ def plan_for(
         resident_nbytes=resident_nbytes(model),
         kv_nbytes=kv,
         context=options.context,
-        workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k),
+        workspace_nbytes=workspace_nbytes(model, options.readers, options.context, top_k, strided),
         slice_nbytes=slice_nbytes(maps, packed is not None),
-        slices_reread=any(m.is_transposed for m in maps),
+        slices_reread=strided,
     )
     slots = None if options.slots is None else parse_slots(options.slots, records)
     return make_plan(workload, budgets(options, device), slots)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moetier.mapping import LayerMap
+from moetier.stores.blocks import WINDOW_NBYTES
 from moetier.stores.checkpoint import can_slice
 from moetier.stores.slices import can_cut, least_buffer
 
@@ -25,15 +26,17 @@ _TOP_K = (
 )
 
 
-def workspace_nbytes(model: Any, readers: int, context: int, top_k: int) -> int:
+def workspace_nbytes(model: Any, readers: int, context: int, top_k: int, strided: bool = False) -> int:
     """Working memory of a run: the stated constant, read buffers, and the activations of a prefill of `context` tokens.
 
     A token's rows pass the experts `top_k` times and exist there about four times over (gathered, results, in token
-    order, summed); sixteen more copies of the hidden state cover attention and the residual stream.
+    order, summed); sixteen more copies of the hidden state cover attention and the residual stream. With `strided`
+    slices (of transposed matrices) every reader has a window of rows to pick columns from.
     """
     hidden = int(model.config.get_text_config().hidden_size)
     itemsize: int = next(model.parameters()).dtype.itemsize
-    return BASE_WORKSPACE + readers * READER_NBYTES + context * hidden * itemsize * (4 * top_k + 16)
+    readers_nbytes = readers * (READER_NBYTES + (WINDOW_NBYTES if strided else 0))
+    return BASE_WORKSPACE + readers_nbytes + context * hidden * itemsize * (4 * top_k + 16)
 
 
 def record_nbytes(maps: list[LayerMap]) -> int:

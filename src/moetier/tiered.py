@@ -128,6 +128,8 @@ class TieredExperts:
         if compute == 1 or (self.cache.device or self.cache.host).device.type != "cpu":
             return None
         readers = reader_cores(bool(getattr(self.cache.store, "direct", False)))
+        if self.crew is not None:  # made for sharing cores with readers
+            readers = 0.0
         return oversubscribed(compute, readers, Cores.now(watch))
 
     def timeline(self, path: str | Path | None = None, limit: int = LIMIT) -> AbstractContextManager[Timeline]:
