@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from conftest import family_class
+from moetier.access import Access, ExpertKey
+from moetier.predictors import make_predictor
 from moetier.predictors.linear_gate import folded
 from moetier.predictors.next_gate import _guesses
+from moetier.predictors.reliability import Frequencies, Reliability, bins_of
 from moetier.predictors.routers import Routers
+from test_next_gate import forward
 
 ONE_MATRIX = ["mixtral", "qwen3_moe", "deepseek_v2", "flex_olmo", "qwen3_vl_moe"]
 
@@ -62,3 +66,43 @@ def test_guesses_are_above_one_half_where_chosen() -> None:
         assert set(np.flatnonzero(row > 0.5)) == set(best)
     assert np.allclose(guesses, _guesses(logits * 7, 3), atol=1e-5), "the scale of a state does not matter"
     assert (_guesses(logits, 9) > 0.5).all()
+
+
+def test_the_short_way_names_what_the_long_way_names(checkpoint: Any) -> None:
+    """`foresee` ranks as `predict` does, and is silent where it does not know."""
+    model = family_class("qwen3_moe").from_pretrained(checkpoint("qwen3_moe"), dtype="auto")
+    layers, top_k = 3, 3
+    predictor: Any = make_predictor("next-gate", layers, 8, top_k)
+    predictor.bind(model)
+    seen = []
+
+    def told(layer: int, index: torch.Tensor) -> None:
+        keys = tuple(ExpertKey(layer, int(expert)) for expert in index.flatten().unique())
+        access = Access(len(seen) + 1, layer, keys, (1,) * len(keys))
+        short = predictor.foresee(access)
+        predictor.observe(access)
+        if layer == layers - 1:
+            assert short == {}
+        else:
+            long = [prediction.key for prediction in predictor.predict(access, 1)]
+            assert list(short) == long[: 2 * top_k]
+            assert sum(chance > 0.5 for chance in short.values()) == top_k
+        two = Access(len(seen) + 1, layer, keys, (2,) * len(keys))
+        assert predictor.foresee(two) is None
+        seen.append(layer)
+
+    forward(model, torch.tensor([[5]]), told)
+    predictor.close()
+    assert seen == [0, 1, 2]
+
+
+def test_frequencies_agree_with_reliability() -> None:
+    draw = np.random.default_rng(0)
+    many, few = Reliability(), Frequencies()
+    for _ in range(200):
+        raw = draw.uniform(size=6)
+        came = draw.uniform(size=6) < raw**2
+        many.learn(bins_of(raw), np.flatnonzero(came))
+        few.learn([few.bin(value) for value in raw.tolist()], came.tolist())
+    values = draw.uniform(size=50)
+    assert many.probability(bins_of(values)).tolist() == [few.probability(few.bin(value)) for value in values.tolist()]

@@ -13,12 +13,9 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moetier.access import Access, ExpertKey, Phase
-from moetier.predictors import Prediction, Predictor
-from moetier.predictors.reliability import Reliability, bins_of
+from moetier.predictors import Predictor
+from moetier.predictors.reliability import Frequencies
 from moetier.prefetch import ranked
 from moetier.prefetch_control import Controller, Setting, Step
 from moetier.residency import Residency
@@ -57,7 +54,7 @@ class _Stream:
     kind: int = 0
     stage: int = -1  # of the controller at its begin; -1: its period does not count
     expected: list[ExpertKey] = field(default_factory=list)  # missing experts that were predicted for the next layer
-    bins: NDArray[np.int64] | None = None  # of their probabilities
+    bins: list[int] = field(default_factory=list)  # of their probabilities
 
 
 class Prefetching:
@@ -89,7 +86,7 @@ class Prefetching:
         self._at: list[set[ExpertKey]] = [set() for _ in range(core.layers)]  # keys of `_ahead`, by layer
         self._displaced: dict[ExpertKey, ExpertKey] = {}  # victim -> the prefetched expert that took its slot
         self._unreadable: set[ExpertKey] = set()  # only on demand from now on
-        self._worth = Reliability()  # how often a prediction of a missing expert comes true
+        self._worth = Frequencies()  # how often a prediction of a missing expert comes true
         self._occupants: dict[int, ExpertKey] | None = None  # of tier 0, by slot, while prefetching
         self._loading = self._batch = 0  # demand loads under way; loads since the link was idle
         self._since = 0.0  # when it was
@@ -145,34 +142,41 @@ class Prefetching:
         self._forget(copy.key)
         return True
 
-    def predict(self, access: Access) -> dict[ExpertKey, Prediction]:
-        """What is likely to be wanted next. Called by the access's own thread, without the lock."""
+    def predict(self, access: Access) -> dict[ExpertKey, float]:
+        """What is likely to be wanted next, likeliest first, with the predictor's own probabilities. Called by the
+        access's own thread, without the lock.
+        """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None:
+        if stream is None or self.error is not None or access.phase is Phase.PREFILL:
             return {}
         try:
+            foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have
+            found: dict[ExpertKey, float] | None = None if foresee is None else foresee(access)
+            if found is not None:
+                return found
             stream.predictor.observe(access)
-            if access.phase is Phase.PREFILL:
-                return {}
-            return ranked(stream.predictor, access, self.core.layers, self.core.experts, _LEAST, (1,))
+            wanted = ranked(stream.predictor, access, self.core.layers, self.core.experts, _LEAST, (1,))
+            return {key: prediction.probability for key, prediction in wanted.items()}
         except Exception as error:  # whatever a third party's predictor raises
             self._fault(error)
             return {}
 
-    def issue(self, wanted: dict[ExpertKey, Prediction], now: float) -> int:
+    def issue(self, wanted: dict[ExpertKey, float], now: float) -> int:
         """Order what is worth it and fits the time until the next access; returns how many."""
         stream, setting = self._streams.get(get_ident()), self.controller.setting
         if stream is None or self.error is not None:
             return 0
         try:
-            keys = [key for key in wanted if not self.core.holds(key) and key not in self._unreadable][:_CANDIDATES]
+            holds, unreadable, worth = self.core.holds, self._unreadable, self._worth
+            keys = [key for key in wanted if not holds(key) and key not in unreadable][:_CANDIDATES]
             if not keys:
                 return 0
             stream.expected = keys
-            stream.bins = bins_of(np.array([wanted[key].probability for key in keys]))
+            stream.bins = [worth.bin(wanted[key]) for key in keys]
             if setting is None:
                 return 0
-            return self._issue(keys, self._worth.probability(stream.bins).tolist(), setting, self._room(stream, now))
+            chances = [worth.probability(number) for number in stream.bins]
+            return self._issue(keys, chances, setting, self._room(stream, now))
         except Exception as error:
             self._fault(error)
             return 0
@@ -218,11 +222,10 @@ class Prefetching:
         stream.layer, stream.begun = access.layer, now
         stream.stage = controller.stage if controller.measures and access.phase is Phase.DECODE else -1
         stream.kind = sum(access.tokens).bit_length()
-        if stream.bins is not None:
-            came = [number for number, key in enumerate(stream.expected) if key in access.keys]
+        if stream.bins:
             if stream.expected[0].layer == access.layer:
-                self._worth.learn(stream.bins, np.array(came, np.int64))
-            stream.bins = None
+                self._worth.learn(stream.bins, [key in access.keys for key in stream.expected])
+            stream.bins = []
         self._settle(access, stream)
         return controller.predicts
 

@@ -5,19 +5,21 @@ Needs the loaded model: `bind` it. Imports torch only then.
 
 from __future__ import annotations
 
+from math import exp
 from threading import local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moetier.access import Access
+from moetier.access import Access, ExpertKey
 from moetier.errors import ConfigError
 from moetier.predictors.scored import ScoredPredictor, Scores
 
 if TYPE_CHECKING:
     from moetier.predictors.routers import Routers
 
+_STEEPNESS = 8.0  # the same, per span between the best and the last that is looked at
 _SLOPE = 4.0  # of a first guess at the probability, per standard deviation of a token's scores; then it is learned
 
 
@@ -75,6 +77,31 @@ class NextGate(ScoredPredictor):
                 "next-gate saw no forward of its model before this access; it cannot work on a trace alone"
             )
         self._seen.residual = residual[1]
+
+    def foresee(self, access: Access) -> dict[ExpertKey, float] | None:
+        """The next layer's likeliest experts for one token, raw probabilities: a product, `topk`, and little else.
+
+        None where it takes more: several tokens, a router that is not one matrix. Does not learn what its probabilities
+        are worth; whoever asks has to. Around the corner it says nothing.
+        """
+        if self._routers is None or sum(access.tokens) != self.top_k:
+            return None
+        residual, target = self._routers.residual, access.layer + 1
+        if residual is None or residual[0] != access.layer or len(residual[1]) != 1:
+            return None
+        if target == self.layers:
+            return {}
+        ranks = self._routers.ranks(target, residual[1])
+        if ranks is None:
+            return None
+        k, keys = self.top_k, self._keys[target]
+        best = ranks[0].topk(min(2 * k, ranks.shape[1]))
+        values, experts = best.values.tolist(), best.indices.tolist()
+        edge = (values[k - 1] + values[min(k, len(values) - 1)]) / 2
+        scale = _STEEPNESS / (values[0] - values[-1] + 1e-30)
+        return {
+            keys[expert]: 1 / (1 + exp(scale * (edge - value))) for expert, value in zip(experts, values, strict=True)
+        }
 
     def scores(self, access: Access, target: int, distance: int) -> Scores:
         """Those that a token would choose before all others; within both, from each token's distance to choosing."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 _BINS = 32
 _LOGITS = np.linspace(-8.0, 8.0, _BINS - 1)  # what lies beyond shares the outer bins
 _EDGES = 1 / (1 + np.exp(-_LOGITS))
+_EDGE_LIST: list[float] = _EDGES.tolist()
 _CENTRES = np.concatenate(([0.0], (_EDGES[1:] + _EDGES[:-1]) / 2, [1.0]))
 _PRIOR = 8.0  # how many observations a bin's own estimate is worth
 _REFRESH = 64  # outcomes (accesses) between two looks at the counts
@@ -37,6 +41,33 @@ class Reliability:
         self._outcomes += 1
         if self._outcomes % _REFRESH == 0:
             self._table = _monotone(self._came, self._tried)
+
+
+class Frequencies:
+    """`Reliability` for a handful of estimates at a time: lists, where arrays would cost more than they do."""
+
+    def __init__(self) -> None:
+        self._tried = [_PRIOR] * _BINS
+        self._came: list[float] = (_PRIOR * _CENTRES).tolist()
+        self._table: list[float] = _CENTRES.tolist()
+        self._outcomes = 0
+
+    def bin(self, raw: float) -> int:
+        """The bin of a raw estimate."""
+        return bisect_left(_EDGE_LIST, raw)
+
+    def probability(self, number: int) -> float:
+        """The calibrated estimate for a bin."""
+        return self._table[number]
+
+    def learn(self, bins: Sequence[int], came: Sequence[bool]) -> None:
+        """What became of the estimates of one access."""
+        for number, true in zip(bins, came, strict=True):
+            self._tried[number] += 1
+            self._came[number] += true
+        self._outcomes += 1
+        if self._outcomes % _REFRESH == 0:
+            self._table = _monotone(np.array(self._came), np.array(self._tried)).tolist()
 
 
 def bins_of(raw: NDArray[np.floating]) -> NDArray[np.int64]:
