@@ -147,7 +147,7 @@ class Prefetching:
         access's own thread, without the lock.
         """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None or access.phase is Phase.PREFILL:
+        if stream is None or self.error is not None:
             return {}
         try:
             foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have
@@ -155,6 +155,8 @@ class Prefetching:
             if found is not None:
                 return found
             stream.predictor.observe(access)
+            if access.phase is Phase.PREFILL:
+                return {}
             wanted = ranked(stream.predictor, access, self.core.layers, self.core.experts, _LEAST, (1,))
             return {key: prediction.probability for key, prediction in wanted.items()}
         except Exception as error:  # whatever a third party's predictor raises
