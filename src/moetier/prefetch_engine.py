@@ -29,7 +29,7 @@ __all__ = ["Prefetching"]
 _log = logging.getLogger("moetier")
 _STREAMS = 64  # threads whose predictors are kept
 _LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
-_WARMUP = 192  # accesses to learn what a prediction of a missing expert is worth
+_WARMUP = 192  # accesses, for a predictor that does not say how many passes it needs to be of use
 _CANDIDATES = 16  # an access, at most
 
 
@@ -75,7 +75,8 @@ class Prefetching:
         self.core, self.name = core, name
         self._make, self._nbytes = make, nbytes
         self._streams: dict[int, _Stream] = {get_ident(): _Stream(make())}
-        warmup = max(_WARMUP, getattr(self._streams[get_ident()].predictor, "warmup", 0) * core.layers)
+        passes = getattr(self._streams[get_ident()].predictor, "warmup", None)
+        warmup = _WARMUP if passes is None else passes * core.layers
         self.controller = controller or Controller(window=-(-64 // core.layers) * core.layers, warmup=warmup)
         self.withdraw: Callable[[Iterable[int]], list[int]] = lambda copy_ids: []
         self.error: Exception | None = None  # the fault that ended prefetching
