@@ -640,3 +640,32 @@ def test_equal_inputs_give_equal_digests_and_others_do_not() -> None:
         return bench.core.digest()
 
     assert run(6) == run(6) != run(5)
+
+
+def test_a_prefetch_that_fails_once_it_is_demanded_is_loaded_anew() -> None:
+    """Only a demanded read may fail an access: one that began as a prefetch gets a second chance as a load."""
+    key = ExpertKey(0, 1)
+    for tiers in ([TierConfig(2, "lru")], [TierConfig(2, "lru"), TierConfig(2, "lru")]):
+        core = Residency(tiers, 1, 4)
+        assert core.prefetch(key)
+        (copy,) = core.take()
+        ticket = core.acquire(Access(1, 0, (key,)))
+        core.completed(copy.id, False)
+        core.check()
+        (again,) = core.take()
+        assert again.kind is Kind.LOAD and again.key == key and ticket.failed is None
+        core.completed(again.id)
+        for rest in core.take():
+            core.completed(rest.id)
+        assert list(ticket.ready) == [key]
+        core.release(ticket, key)
+        core.check()
+        assert core.prefetch(ExpertKey(0, 2))
+        (copy,) = core.take()
+        late = core.acquire(Access(2, 0, (ExpertKey(0, 2),)))
+        core.completed(copy.id, False)
+        (again,) = core.take()
+        core.completed(again.id, False)
+        assert late.failed is not None
+        core.abort(late)
+        core.check()

@@ -23,7 +23,7 @@ from moetier.mover import ThreadMover
 from moetier.overlap import Clocks
 from moetier.residency import Residency
 from moetier.stores import ExpertStore
-from moetier.tiers import Ticket
+from moetier.tiers import Kind, Ticket
 
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
@@ -299,7 +299,7 @@ class ExpertCache:
                 ok = flight.error is None
                 self.core.completed(flight.copy.id, ok)
                 forgiven = self._prefetching is not None and self._prefetching.ended(flight.copy, ok, flight.ended)
-                if flight.error is not None and not forgiven:
+                if flight.error is not None and not forgiven and flight.copy.kind is not Kind.PREFETCH:
                     self._errors[flight.copy.id] = flight.error
             self._start_orders()
             if not self.mover.done:  # a copy that is only enqueued ends while it is started

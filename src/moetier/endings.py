@@ -24,6 +24,7 @@ def source_read(core: Residency, copy: Copy) -> None:
 def landed(core: Residency, copy: Copy) -> None:
     """A record is there: tell who waits for it."""
     entry = core._tiers[copy.target.tier].entries[copy.key]
+    core.second_chances.discard(copy.id)
     demoted = copy.kind is Kind.DEMOTE
     if entry.stale and demoted:  # the record was changed meanwhile: it goes home when it leaves
         failed(core, copy)
@@ -53,9 +54,21 @@ def again(core: Residency, copy: Copy) -> None:
 
 
 def failed(core: Residency, copy: Copy) -> None:
-    """Undo a load that will not arrive, and every copy that waits for it."""
+    """Undo a load that will not arrive, and every copy that waits for it.
+
+    One that began as a prefetch and is demanded by now is made once more: only a demanded read may fail an access.
+    """
+    if copy.id in core.second_chances:
+        core.second_chances.remove(copy.id)
+        again(core, copy)
+    else:
+        _undo(core, copy)
+
+
+def _undo(core: Residency, copy: Copy) -> None:
+    core.second_chances.discard(copy.id)
     for dependent in core._orders.undo_dependents(copy.id):
-        failed(core, dependent)
+        _undo(core, dependent)
     entry = core._tiers[copy.target.tier].entries[copy.key]
     entry.tier.remove(entry)
     core.wasted_prefetches += entry.prefetched
@@ -74,7 +87,7 @@ def wrote_back(core: Residency, copy: Copy, ok: bool) -> None:
     entry = core._leaving.pop(copy.key)
     if not ok:  # nothing is lost: the record stays where it was, dirty
         for dependent in core._orders.undo_dependents(copy.id):
-            failed(core, dependent)
+            _undo(core, dependent)
         entry.state, entry.transient = READY, False
         entry.tier.insert(entry, core._last)
         core._share(entry)

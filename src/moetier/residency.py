@@ -69,6 +69,7 @@ class Residency:
         self._live: dict[int, Ticket] = {}
         self._pinned: set[ExpertKey] = set()
         self.promoted: list[int] = []  # background copies in flight that are now demanded; the mover moves them forward
+        self.second_chances: set[int] = set()  # promoted copies: if one fails, it is made once more
         self.obsolete: list[int] = []  # prefetches taken that nobody wants; the mover drops what it has not begun
         self.prefetches = self.useful_prefetches = self.late_prefetches = self.wasted_prefetches = 0
         self._next_copy = self._next_ticket = 0
@@ -282,6 +283,7 @@ class Residency:
                 if copy.kind is Kind.PREFETCH:
                     self._orders.copies[entry.copy] = copy._replace(kind=Kind.LOAD)
                     self.promoted.append(entry.copy)
+                    self.second_chances.add(entry.copy)
 
     def _classify_below(self, missing: list[ExpertKey], access: Access) -> None:
         for tier in self._lower:
