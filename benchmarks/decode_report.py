@@ -328,7 +328,10 @@ def machine_text(found: dict[str, Any]) -> str:
 def same_outputs(runs: list[Run]) -> str:
     """Whether all arms chose the same next tokens as the first."""
     good = [run for run in runs if "failed" not in run]
-    other = dict.fromkeys(title(run["arm"]) for run in good if run["chosen"] != good[0]["chosen"])
+    first = good[0]["chosen"]  # a run may have been shorter
+    other = dict.fromkeys(
+        title(run["arm"]) for run in good if any(a != b for a, b in zip(run["chosen"], first, strict=False))
+    )
     if not other:
         return "All arms chose the same next tokens."
     return f"Not the same next tokens as the first arm (sums in another order): {', '.join(other)}."
