@@ -45,7 +45,9 @@ def loader(folder: Path, share: int, context: int) -> Any:
 
     @contextmanager
     def load(levers: Levers) -> Iterator[Any]:
-        model = from_pretrained(folder, slots=f"{share}%", context=context, device="cpu", **levers.to_dict())
+        model = from_pretrained(
+            folder, slots=f"{share}%", context=context, device="cpu", prefetch="off", **levers.to_dict()
+        )
         try:
             yield model
         finally:

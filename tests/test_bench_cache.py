@@ -21,6 +21,7 @@ from moetier.residency import Residency
 from moetier.simulate.config import Timing
 from moetier.stores.synthetic import FIELD, SyntheticStore
 from moetier.stress import Stress, run_real, run_virtual, summary
+from moetier.threads import default_readers
 from moetier.tiers import TierConfig
 
 PAGE = 4096
@@ -219,7 +220,7 @@ def test_the_command(tmp_path: Path) -> None:
         assert name in text
     found = json.loads(bench(*FLAGS, "--json", "--disk-read-gbps", "0.5", "--io-latency-ms", "1").stdout)
     assert found["mode"] == "virtual clock" and found["check"] is None
-    assert found["timing"]["disk_read"] == {"gbps": 0.5, "latency": 0.001, "depth": 4}
+    assert found["timing"]["disk_read"] == {"gbps": 0.5, "latency": 0.001, "depth": default_readers()}
     slower = json.loads(bench(*FLAGS, "--json", "--disk-read-gbps", "0.005", "--io-latency-ms", "1").stdout)
     assert slower["counters"] == found["counters"]
     assert slower["seconds"]["total"] > 1.1 * found["seconds"]["total"]

@@ -169,7 +169,10 @@ def test_a_temporary_file_is_removed(tmp_path: Path, small: None) -> None:
 
 
 def test_an_interrupt_removes_the_temporary_file(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from moetier.cli import main; main()", "bench", "io", str(tmp_path)]
+    listen = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background it is ignored
+    )
+    command = [sys.executable, "-c", f"{listen}; from moetier.cli import main; main()", "bench", "io", str(tmp_path)]
     child = subprocess.Popen([*command, "--write-size", "130MiB"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         end = time.monotonic() + 90

@@ -36,7 +36,7 @@ def test_against_plain_transformers(dtype: torch.dtype, checkpoint: Any, plain: 
     def load(levers: Levers) -> Iterator[Any]:
         kind = family_class("mixtral")
         model = moetier.from_pretrained(
-            checkpoint("mixtral", dtype), slots=6, context=64, model_class=kind, **levers.to_dict()
+            checkpoint("mixtral", dtype), slots=6, context=64, model_class=kind, prefetch="off", **levers.to_dict()
         )
         loaded.append(levers)
         yield model

@@ -186,12 +186,16 @@ def test_a_failed_prefetch_is_counted_forgiven_and_not_repeated() -> None:
     bench.serve(1, 0)
 
 
-def test_a_failed_prefetch_that_is_demanded_fails_the_access() -> None:
+def test_a_failed_prefetch_that_is_demanded_is_read_anew_and_only_then_fails_the_access() -> None:
     bench = Bench(4, [(1, 0, SURE)])
     bench.kept = True
     bench.serve(0, 0)
     ticket = bench.begin(1, 0)
-    assert not bench.end(bench.queue[0], ok=False) and ticket.failed is not None
+    bench.end(bench.queue[0], ok=False)
+    assert ticket.failed is None
+    (again,) = bench.core.take()
+    bench.core.completed(again.id, False)
+    assert ticket.failed == again.id
     bench.core.abort(ticket)
     bench.core.check()
 

@@ -87,6 +87,7 @@ def evaluate(
         slots=slots,
         policy=policy,
         admission=admission,
+        prefetch="off",  # what is resident decides what a lever does, and must not depend on time
         context=window,
         readers=readers,
         io=io,  # type: ignore[arg-type]
