@@ -157,3 +157,30 @@ def test_large_steps_keep_torchs_own_threads(tiered: Callable[..., Any], threads
 def test_a_wrong_split_is_told(checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="split: 'rows' is unknown"):
         moetier.from_pretrained(checkpoint("qwen3_moe"), split="rows")
+
+
+def test_an_interrupted_run_leaves_nothing_for_the_next(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while helpers work: the next run must not take their late end for the end of its own tasks."""
+    slow = threading.Event()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(crew, "_work", _only_helpers(crew._work, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            crew.run([lambda: slow.wait(10)] * 3)
+    slow.set()
+    done: list[int] = []
+
+    def late() -> None:
+        time.sleep(0.02)
+        done.append(1)
+
+    crew.run([late] * 6)
+    assert len(done) == 6
+
+
+def _only_helpers(work: Callable[[], None], instead: Callable[[], None]) -> Callable[[], None]:
+    main = threading.current_thread()
+    return lambda: instead() if threading.current_thread() is main else work()

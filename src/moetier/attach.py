@@ -78,18 +78,19 @@ def attach_cache(
             attach_prefetching(model, cache, options.prefetch, top_k)
             if options.prefetch != OFF and plan.slots < plan.workload.records:
                 cache.ahead = StreamAhead(cache.core, tuple(len(m.recipes) for m in maps))
+        crew = None
+        readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
+        if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
+            crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     except BaseException:
         cache.close()
         raise
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
-    tiered.calibration = calibration
+    tiered.calibration, tiered.crew = calibration, crew
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)
-    readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
-    if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
-        tiered.crew = make_crew(options.split, [m.layout for m in maps], modules[0][1].is_transposed)
     model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
     model.register_forward_hook(tiered.after_forward, always_call=True)
     save_streaming(model, shards, maps)

@@ -298,8 +298,9 @@ class ExpertCache:
                 flight = self.mover.done.popleft()
                 ok = flight.error is None
                 self.core.completed(flight.copy.id, ok)
-                forgiven = self._prefetching is not None and self._prefetching.ended(flight.copy, ok, flight.ended)
-                if flight.error is not None and not forgiven and flight.copy.kind is not Kind.PREFETCH:
+                if self._prefetching is not None:
+                    self._prefetching.ended(flight.copy, ok, flight.ended)
+                if flight.error is not None and flight.copy.kind is not Kind.PREFETCH:  # nobody waits for those
                     self._errors[flight.copy.id] = flight.error
             self._start_orders()
             if not self.mover.done:  # a copy that is only enqueued ends while it is started

@@ -40,6 +40,7 @@ class Crew:
         self._wake = threading.Semaphore(0)
         self._ended = threading.Semaphore(0)
         self._busy = threading.Lock()  # one run at a time
+        self._called = 0  # helpers that have not ended yet
         self._threads: list[threading.Thread] = []
         self._closed = False
 
@@ -55,15 +56,18 @@ class Crew:
         threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1)  # for this thread's products; a third of a microsecond
+            self._gather()  # a run that was interrupted may have left helpers at work
+            self._tasks.clear()
+            self._errors.clear()
             self._tasks.extend(tasks)
             called = min(self.helpers, len(self._tasks) - 1)
             if called > 0 and not self._threads:
                 self._launch()
             for _ in range(called):
+                self._called += 1
                 self._wake.release()
             self._work()
-            for _ in range(called):
-                self._ended.acquire()
+            self._gather()
             if self._errors:
                 error, self._errors = self._errors[0], []
                 raise error
@@ -79,6 +83,11 @@ class Crew:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+
+    def _gather(self) -> None:
+        while self._called:
+            self._ended.acquire()
+            self._called -= 1
 
     def _launch(self) -> None:
         for number in range(self.helpers):

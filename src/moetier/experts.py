@@ -20,9 +20,8 @@ from moetier.cache import Lease
 from moetier.crew import MAX_ROWS, Crew
 
 Fields = dict[str, torch.Tensor]
-Run = list[
-    tuple[int, Fields]
-]  # neighbouring experts: which of the access's experts, in ascending order, and its fields
+# neighbouring experts: which of the access's experts, in ascending order, and its fields
+Run = list[tuple[int, Fields]]
 
 if TYPE_CHECKING:
     from moetier.cpu_share import InPlace
@@ -110,6 +109,8 @@ def forward_from_leases(
     """
     rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
     math: _Math | None = None
+    if crew is not None and max(routing.tokens, default=0) > MAX_ROWS:
+        crew = None
     for batch in batches:
         if batch[0].in_place:
             assert in_place is not None
@@ -118,7 +119,7 @@ def forward_from_leases(
         if math is None:
             math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
-        if crew is None or len(batch) == 1 or max(routing.tokens) > MAX_ROWS:
+        if crew is None or len(batch) == 1:
             for run in runs:
                 math.compute(run)
         else:

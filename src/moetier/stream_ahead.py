@@ -24,29 +24,29 @@ class StreamAhead:
     def __init__(self, core: Residency | Recorder, experts: tuple[int, ...]):
         self._core, self._experts = core, experts
         self._staged: dict[int, set[ExpertKey]] = {}  # by layer, not demanded yet
+        self._next: dict[int, int] = {}  # by layer: the first expert that was not looked at
         self.issued = 0
 
     def demanded(self, access: Access) -> None:
         """After `acquire`: what was staged for this layer has been found, or will not be wanted."""
         staged = self._staged.pop(access.layer, None)
+        self._next.pop(access.layer, None)
         for key in staged.difference(access.keys) if staged else ():
             self._core.cancel(key)
 
-    def released(self, access: Access) -> bool:
-        """After a release, when no expert of the access waits for a slot any more; whether anything was ordered."""
+    def released(self, access: Access) -> None:
+        """After a release, when no expert of the access waits for a slot any more."""
         layer = access.layer + 1
         if access.phase is not Phase.PREFILL or layer >= len(self._experts):
-            return False
+            return
         if len(access.keys) < SATURATED * self._experts[access.layer]:
-            return False
+            return
         staged = self._staged.setdefault(layer, set())
-        before = len(staged)
-        for expert in range(self._experts[layer]):  # in the order in which the next access will ask
+        for expert in range(self._next.get(layer, 0), self._experts[layer]):  # in the order of the next access
             key = ExpertKey(layer, expert)
-            if self._core.holds(key):
-                continue
-            if not self._core.prefetch(key, staged=True):
-                break
-            staged.add(key)
-        self.issued += len(staged) - before
-        return len(staged) > before
+            if not self._core.holds(key):
+                if not self._core.prefetch(key, staged=True):
+                    break
+                staged.add(key)
+                self.issued += 1
+            self._next[layer] = expert + 1
