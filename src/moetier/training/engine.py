@@ -75,9 +75,10 @@ class TrainingEngine:
         self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
         self.ledger: Ledger[Hyper] = Ledger(counts)
         self.applied: Applied | None = None
-        self.upcoming: list[Hyper] | None = None  # per layer, what an update during backward is made with
-        self._stepped: set[int] = set()  # layers whose step has begun during backward
-        self._at_once: dict[ExpertKey, list[torch.Tensor]] = {}  # norms of what was applied during backward
+        self.upcoming: Callable[[], list[Hyper | None]] | None = None  # per layer, what its next step is made with
+        self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
+        self._begun: dict[int, Hyper] = {}  # layers whose step has begun during backward
+        self._at_once: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}  # by layer, norms of what was applied during backward
         self._broken: BaseException | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -92,7 +93,12 @@ class TrainingEngine:
 
     def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
         """The leases of a forward, whose experts owe no step: those that do catch up first."""
-        self._check()
+        self.check()
+        if self.owes:
+            raise ConfigError(
+                "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
+                "before the first forward"
+            )
         if self.ledger.steps[access.layer]:
             self.catch_up(access.layer, self.ledger.behind(access.layer, [key.expert for key in access.keys]))
         return batches
@@ -126,9 +132,13 @@ class TrainingEngine:
 
     def catch_up_all(self) -> None:
         """No expert owes a step afterwards."""
-        self._check()
+        self.check()
         for layer in range(len(self.proxies)):
             self.catch_up(layer, self.ledger.behind(layer))
+
+    def anyone_owes(self) -> bool:
+        """Whether any expert owes a step."""
+        return any(self.ledger.behind(layer) for layer in range(len(self.proxies)))
 
     # -- backward ------------------------------------------------------------------------------------------------------
 
@@ -137,7 +147,7 @@ class TrainingEngine:
 
         Raises `ConfigError` where no optimizer is there to take it.
         """
-        self._check()
+        self.check()
         if self.applied is None:
             raise ConfigError(
                 "the experts of this model have gradients but no optimizer: make one (moetier.AdamW(model, lr=…)) "
@@ -162,8 +172,9 @@ class TrainingEngine:
 
     def norms(self, layer: int) -> list[torch.Tensor]:
         """The 2-norms of the gradients of a layer's experts, by expert and field."""
-        held = self._at_once if self.applied is not None and self.applied.when == "backward" else self.gradients.norms
-        return [norm for key in sorted(key for key in held if key.layer == layer) for norm in held[key]]
+        at_once = self.applied is not None and self.applied.when == "backward"
+        held = (self._at_once if at_once else self.gradients.norms).get(layer, {})
+        return [norm for key in sorted(held) for norm in held[key]]
 
     @property
     def pending(self) -> bool:
@@ -184,12 +195,12 @@ class TrainingEngine:
     # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, hypers: Sequence[Hyper], scales: Sequence[Scales]) -> None:
+    def step(self, hypers: Sequence[Hyper | None], scales: Sequence[Scales]) -> None:
         """One optimizer step of all layers that have a gradient, whose gradients are multiplied by `scales` first.
 
-        `hypers` and `scales` are per layer; a layer's scales are factors that are multiplied in one after the other.
+        `hypers` (None: no optimizer has the layer) and `scales` are per layer; a layer's scales are factors that are multiplied in one after the other.
         """
-        self._check()
+        self.check()
         assert self.applied is not None
         if self.applied.when == "backward":
             self._close_step(scales)
@@ -197,7 +208,7 @@ class TrainingEngine:
         try:
             for layer, (hyper, scale) in enumerate(zip(hypers, scales, strict=True)):
                 keys = self.gradients.of_layer(layer)
-                if keys:
+                if keys and hyper is not None:
                     self._step_layer(layer, keys, hyper, scale)
         except BaseException as error:
             self._broken = error
@@ -213,7 +224,7 @@ class TrainingEngine:
                 for scale in scales:
                     total.mul_(scale)
             self._update(key, records, records.gradients.fields, hyper)
-        self.gradients.clear(keys)
+        self.gradients.clear(layer)
         self.ledger.forget(layer)
 
     def _update(self, key: ExpertKey, records: Records, gradients: Fields, hyper: Hyper) -> None:
@@ -230,19 +241,22 @@ class TrainingEngine:
     def _apply_at_once(self, key: ExpertKey, gradients: Fields) -> None:
         assert self.upcoming is not None
         layer = key.layer
-        if key in self._at_once:
+        norms = self._at_once.setdefault(layer, {})
+        if key in norms:
             raise ConfigError(
                 "update='backward' takes one backward per step, and this is another one; use update='step' to "
                 "accumulate gradients"
             )
-        self._at_once[key] = field_norms(gradients)
+        norms[key] = field_norms(gradients)
         try:
-            if layer not in self._stepped:
+            if layer not in self._begun:
                 self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
-                self._stepped.add(layer)
-                self.ledger.begin(layer, self.upcoming[layer])
+                hyper = self.upcoming()[layer]
+                assert hyper is not None
+                self._begun[layer] = hyper
+                self.ledger.begin(layer, hyper)
             for _, records in self._records(layer, [key]):
-                self._update(key, records, gradients, self.upcoming[layer])
+                self._update(key, records, gradients, self._begun[layer])
         except BaseException as error:
             self._broken = error
             raise
@@ -254,9 +268,9 @@ class TrainingEngine:
                 "experts; use update='step' with clipping, accumulation or loss scaling"
             )
             raise self._broken
-        for layer in self._stepped:
+        for layer in self._begun:
             self.ledger.forget(layer)
-        self._stepped.clear()
+        self._begun.clear()
         self._at_once.clear()
         self.clear()
 
@@ -283,7 +297,23 @@ class TrainingEngine:
                 self.ledger.begun[key] = True
             yield key, records
 
-    def _check(self) -> None:
+    def flush(self) -> None:
+        """Write everything changed home: weights and states. Raises `StoreError`."""
+        for cache in self._kept():
+            cache.flush()
+
+    def close(self) -> None:
+        """Stop what is the engine's own: the caches of gradients and states."""
+        self.gradients.cache.close()
+        if self.applied is not None and self.applied.state is not None:
+            self.applied.state.close()
+
+    def _kept(self) -> list[ExpertCache]:
+        state = None if self.applied is None else self.applied.state
+        return [self.weights] if state is None else [self.weights, state]
+
+    def check(self) -> None:
+        """Raise `MoetierError` where nothing more can be done with the experts in memory."""
         if self._broken is not None:
             raise MoetierError(
                 f"training stopped in the middle of an update ({self._broken}), so the experts in memory are of two "

@@ -6,7 +6,7 @@ nothing of optimizers; what the records spill to is a scratch file, never part o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -18,39 +18,42 @@ from moetier.training.leases import leased
 Fields = Mapping[str, torch.Tensor]
 
 
-def gradient_layout(weights: RecordLayout, trained: Sequence[str]) -> RecordLayout:
-    """Accumulators for the trained fields of a record: in float32, or wider if the weights are."""
-    tensors = [(f.name, torch.promote_types(f.dtype, torch.float32), f.shape) for f in weights.fields]
-    return RecordLayout.of([tensor for tensor in tensors if tensor[0] in trained])
+def gradient_layout(weights: RecordLayout) -> RecordLayout:
+    """Accumulators for the fields of a record: in float32, or wider if the weights are."""
+    return RecordLayout.of([(f.name, torch.promote_types(f.dtype, torch.float32), f.shape) for f in weights.fields])
 
 
 class Gradients:
-    """Sums of gradients by expert. `norms[key]` are the 2-norms of the fields of a sum, in the order of the fields."""
+    """Sums of gradients by expert. `norms[layer][key]` are the 2-norms of the fields of a sum, in their order."""
 
     def __init__(self, cache: ExpertCache):
         self.cache = cache
-        self.norms: dict[ExpertKey, list[torch.Tensor]] = {}
+        self.norms: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}
 
     def add(self, key: ExpertKey, gradients: Fields) -> None:
         """Add a gradient to the sum of an expert."""
-        first = key not in self.norms
+        norms = self.norms.setdefault(key.layer, {})
         with leased(self.cache, key) as lease:
-            for name, total in lease.fields.items():
-                if first:
-                    total.copy_(gradients[name])
-                else:
-                    total.add_(gradients[name])
             lease.dirty = True
-            self.norms[key] = field_norms(lease.fields)
+            for name, total in lease.fields.items():
+                if key in norms:
+                    total.add_(gradients[name])
+                else:  # whatever is there is of another step
+                    total.copy_(gradients[name])
+            norms[key] = field_norms(lease.fields)
 
     def of_layer(self, layer: int) -> list[ExpertKey]:
         """Experts of a layer that have a gradient, ascending."""
-        return sorted(key for key in self.norms if key.layer == layer)
+        return sorted(self.norms.get(layer, ()))
 
-    def clear(self, keys: Sequence[ExpertKey] | None = None) -> None:
-        """Forget these sums, or all."""
-        for key in list(self.norms) if keys is None else keys:
-            self.norms.pop(key, None)
+    def clear(self, layer: int | None = None) -> None:
+        """Forget the sums of a layer, or all."""
+        for one in list(self.norms) if layer is None else [layer]:
+            for key in self.norms.pop(one, {}):
+                self.forget(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        """The record of a sum is not needed any more."""
 
 
 def field_norms(fields: Fields) -> list[torch.Tensor]:

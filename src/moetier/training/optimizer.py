@@ -53,7 +53,7 @@ class TieredOptimizer(torch.optim.Optimizer):
                 "before; use update='step'"
             )
         self.grad_norm, self._session, self._max_grad_norm, self._records = None, session, max_grad_norm, records
-        self._group_of_layer()  # raises now rather than at the first step
+        self.hypers()  # raises now rather than at the first step
         session.bind(self, records, idle, update)
 
     @property
@@ -66,6 +66,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
         Raises `StoreError` where experts cannot be read or written; the last checkpoint stays as it is.
         """
+        self._session.check_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -100,14 +101,15 @@ class TieredOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self._engine.clear()
 
-    def resume(self, scheduler: Any = None, scaler: Any = None) -> dict[str, Any] | None:
-        """Go on where the run folder's last checkpoint was made: the state of the optimizer, of `scheduler` and
-        `scaler` if given, and all random generators. Call it when everything is made, before the first step.
+    def resume(self, **parts: Any) -> dict[str, Any] | None:
+        """Go on where the run folder's last checkpoint was made: the optimizer's state, all random generators, and the
+        state of `parts` (a scheduler, a `GradScaler`, a sampler, …), named as `commit` was given them. Call it when
+        everything is made, before the first step.
 
-        Returns what `commit` was given as `extra`, with `step`; None where the run has no checkpoint yet. Raises
-        `StoreError` for a checkpoint that does not fit.
+        Returns {"step": …, "extra": …}, with the `extra` of `commit`; None where the run has no checkpoint yet. Raises
+        `StoreError` for a checkpoint that is damaged, `ConfigError` for one that does not fit.
         """
-        return self._session.resume(scheduler, scaler)
+        return self._session.resume(**parts)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Of the parameters; that of the experts is in the run folder. Masters keep their dtype."""
@@ -118,12 +120,12 @@ class TieredOptimizer(torch.optim.Optimizer):
                 if isinstance(value, torch.Tensor) and name != "step":
                     self.state[parameters[number]][name] = value.to(parameters[number].device, copy=True)
 
-    def hypers(self) -> list[Hyper]:
-        """Per layer, what its experts' next step is made with."""
+    def hypers(self) -> list[Hyper | None]:
+        """Per layer, what its experts' next step is made with; None for those that the optimizer does not have."""
         steps = self._engine.ledger.steps
         start = self._records.settings
         return [
-            Hyper(steps[layer] + 1, type(start).from_group({**start.group(), **group}))
+            None if group is None else Hyper(steps[layer] + 1, type(start).from_group({**start.group(), **group}))
             for layer, group in enumerate(self._group_of_layer())
         ]
 
@@ -155,16 +157,19 @@ class TieredOptimizer(torch.optim.Optimizer):
             step = step.__wrapped__
         step(self)
 
-    def _group_of_layer(self) -> list[dict[str, Any]]:
+    def _group_of_layer(self) -> list[dict[str, Any] | None]:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
-        found = [groups.get(id(proxy.weight)) for proxy in self._session.engine.proxies]
-        missing = [layer for layer, group in enumerate(found) if group is None]
-        if missing:
-            raise ConfigError(
-                f"the experts of MoE layer {missing[0]} are in no group of the optimizer; give it all of "
-                "model.parameters(): a layer's experts are the parameter `proxy` of its experts module"
-            )
-        return [group for group in found if group is not None]
+        found = []
+        for layer, proxy in enumerate(self._engine.proxies):
+            group = groups.get(id(proxy.weight))
+            if group is None and proxy.trains:
+                raise ConfigError(
+                    f"the experts of MoE layer {layer} are in no group of the optimizer; give it all of "
+                    "model.parameters() (a layer's experts are the parameter `proxy` of its experts module), or "
+                    "freeze them"
+                )
+            found.append(group)
+        return found
 
     def _own_parameters(self) -> Iterable[torch.nn.Parameter]:
         proxies = {id(proxy.weight) for proxy in self._engine.proxies}
