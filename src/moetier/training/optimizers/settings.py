@@ -94,6 +94,19 @@ class Hyper:
         return replace(self, step=step)
 
 
+def to_json(settings: Settings) -> dict[str, Any]:
+    """As JSON may hold them; exact, since the settings are finite."""
+    return {
+        field.name: to_json(value) if isinstance(value := getattr(settings, field.name), Settings) else value
+        for field in fields(settings)
+    }
+
+
+def from_json(kind: type[S], saved: Mapping[str, Any]) -> S:
+    """What `to_json` gave. Raises `ConfigError` or `TypeError` for anything else."""
+    return kind(**{name: plain(value) for name, value in saved.items()})
+
+
 def plain(value: Any) -> Any:
     """A setting as torch's groups hold it, without tensors: one-element tensors become numbers, lists tuples."""
     if isinstance(value, (list, tuple)):
