@@ -196,10 +196,13 @@ class WriteBacks:
         for key, since in self.dirty.items():
             if key in self.running or key in leaving:
                 continue
+            if key in self.failed:
+                left -= 1
+                continue
             if not (left > limit or key in self.flushing or self.policy.due(since, now, left)):
                 return
             left -= 1
-            if key not in self.failed and self.clean(key):
+            if self.clean(key):
                 room -= 1
                 if not room:
                     return
