@@ -1,4 +1,4 @@
-"""Checkpoints of training: what goes on from one is bit for bit what was never stopped, and errors leave the last one."""
+"""Checkpoints of training: what goes on from one is bit for bit what never stopped; errors leave the last one."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_a_user_can_do_wrong(checkpoint: Get, tmp_path: Path) -> None:
     with pytest.raises(moetier.ConfigError, match="gradients that no step has taken"):
         run.model.moetier.commit(scheduler=run.scheduler)
     run.model.zero_grad()  # of the model: the experts' too
-    with pytest.raises(moetier.ConfigError, match="extra: .* a checkpoint keeps what JSON can"):
+    with pytest.raises(moetier.ConfigError, match=r"extra: .* a checkpoint keeps what JSON can"):
         run.model.moetier.commit(extra=object())
     run.train(range(1), commit_at=(1,))
     with pytest.raises(moetier.ConfigError, match="has an optimizer already"):
