@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moetier.access import Access, ExpertKey
@@ -79,7 +79,7 @@ class Stress:
             envs_per_batch=self.envs_per_batch,
             seed=self.seed,
         )
-        return trace.accesses()
+        return [replace(access, writes=True) for access in trace.accesses()]
 
     def tiers(self) -> list[TierConfig]:
         """Of the residency core."""
@@ -198,9 +198,9 @@ class _Changing(Residency):
 
     stress: Stress
 
-    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
+    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
         """See `Residency.release`."""
-        super().release(ticket, key, self.stress.changes(ticket.access, key))
+        super().release(ticket, key, self.stress.changes(ticket.access, key), saved)
 
 
 def run_virtual(stress: Stress, timing: Timing) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moetier.access import Access, Phase
+from moetier.access import Access, Part, Phase
 from moetier.cache import ExpertCache, Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
@@ -29,6 +29,9 @@ from moetier.timeline import LIMIT, Timeline, recorded
 from moetier.training.autograd import differentiable
 from moetier.training.sink import Sink
 from moetier.training.tape import Tape
+
+if TYPE_CHECKING:
+    from moetier.training.session import TrainingSession
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor, Phase], None]  # layer, experts [T, K], gate weights [T, K], phase
 
@@ -52,6 +55,7 @@ class TieredExperts:
         self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
+        self.training: TrainingSession | None = None  # None: experts are as the checkpoint has them
         self.sink: Sink | None = None  # trains the experts; None: they are frozen
         self.tape = Tape()  # forwards whose backward is still to come
         self._one_thread = OneThread()
@@ -83,13 +87,19 @@ class TieredExperts:
         return self.compute(layer, module, hidden, index, weights)[0]
 
     def compute(
-        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        module: Any,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        part: Part = Part.SERVE,
     ) -> tuple[torch.Tensor, Access]:
         """`forward` without a graph, and the access that it was."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
-        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass, part=part)
         if isinstance(self.cache, SliceCache):
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
@@ -102,7 +112,7 @@ class TieredExperts:
     def again(self, access: Access) -> Access:
         """The access of a backward over the experts of a forward."""
         self._clock += 1
-        return replace(access, time=self._clock, phase=Phase.BACKWARD)
+        return replace(access, time=self._clock, part=Part.BACKWARD)
 
     @property
     def phase(self) -> Phase:
@@ -170,7 +180,7 @@ class TieredExperts:
                 "tokens": self._steps.tokens[phase],
                 **self.overlap(phase).summary(),
             }
-            for phase in (Phase.PREFILL, Phase.DECODE)
+            for phase in Phase
         }
         stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}
@@ -187,9 +197,17 @@ class TieredExperts:
             raise ConfigError("no profile was recorded; load the model with record_profile=True")
         return self.cache.profile
 
+    def commit(self, step: int | None = None, extra: Any = None, **parts: Any) -> int:
+        """Make a checkpoint of the training run; see `TrainingSession.commit` and docs/training.md."""
+        if self.training is None:
+            raise ConfigError("commit: the model was not loaded to be trained; load it with train=RUN_FOLDER")
+        return self.training.commit(step, extra, **parts)
+
     def close(self) -> None:
         """Stop the threads and close the files. The model cannot run afterwards."""
         self.cache.close()
+        if self.training is not None:
+            self.training.close()
         if self.crew is not None:
             self.crew.close()
 
