@@ -14,7 +14,7 @@ import torch
 from moetier.errors import ConfigError
 from moetier.record import Field
 from moetier.training.optimizers.adam import AdamSettings
-from moetier.training.optimizers.base import FieldwiseOptimizer, Part
+from moetier.training.optimizers.base import FieldwiseOptimizer, Part, Tensors
 from moetier.training.optimizers.fields import Fields
 from moetier.training.optimizers.settings import Hyper
 
@@ -56,13 +56,14 @@ class AdamW8bit(FieldwiseOptimizer):
             )
         ]
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One step of a field."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One step, field by field."""
         settings = hyper.of(AdamSettings)
-        moments = [self._wrapped(moment, param, state) for moment in MOMENTS]
         number, rate = (torch.tensor(value, dtype=torch.float32) for value in (float(hyper.step), settings.lr))
         decay, eps = settings.weight_decay, settings.eps
-        self._adam(param, gradient, number, *moments, None, rate, *settings.betas, decay, eps, True, False)
+        for param, gradient, state in zip(params, gradients, states, strict=True):
+            moments = [self._wrapped(moment, param, state) for moment in MOMENTS]
+            self._adam(param, gradient, number, *moments, None, rate, *settings.betas, decay, eps, True, False)
 
     def idles(self, hyper: Hyper) -> bool:
         """Moments that are not zero go on moving the weights."""
@@ -72,7 +73,7 @@ class AdamW8bit(FieldwiseOptimizer):
         """Every step in full: even zeros change their codes, and a weight of -0.0 its sign."""
         zeros = torch.zeros_like(param)
         for hyper in missed:
-            self.step(param, zeros, state, hyper)
+            self.step([param], [zeros], [state], hyper)
         return True
 
     def _wrapped(self, moment: str, param: torch.Tensor, state: Fields) -> torch.Tensor:
