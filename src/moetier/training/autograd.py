@@ -1,0 +1,174 @@
+"""Backward through experts that may have left their slots: what forward used is leased again, and computed again.
+
+The graph keeps hidden states, expert indices and gate weights, and the version of every expert: never a view of a
+slot, which may hold another expert by then. Backward is one more access over the same keys; `layer_backward.py` has its
+math.
+
+A layer is two nodes. `_Keep` saves tensors and computes nothing; `_Experts` computes and saves nothing. Checkpointing
+that is not reentrant stops its recomputation when everything saved is there again: where the experts come last in a
+decoder layer, that is before they run, so that they are not fetched a third time.
+
+Not differentiable twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing, nullcontext
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from moetier.access import Access
+from moetier.cache import ExpertCache, Lease
+from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
+from moetier.experts import Routing
+from moetier.training.arithmetic import Autocast
+from moetier.training.layer_backward import LayerBackward, Needs
+from moetier.training.sink import Sink
+
+if TYPE_CHECKING:
+    from moetier.tiered import TieredExperts
+
+
+def differentiable(
+    tiered: TieredExperts, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`tiered.compute`, recorded by autograd: [T, H] → [T, H].
+
+    Its experts' gradients go to `tiered.sink` whenever a backward would accumulate those of ordinary parameters.
+    """
+    sink = tiered.sink if tiered.sink is not None and tiered.sink.trains(layer) else None
+    norm = _norm_of(module)
+    if sink is None and not any(tensor.requires_grad for tensor in (hidden, weights, *norm.values())):
+        with torch.no_grad():
+            return tiered.compute(layer, module, hidden, index, weights)[0]
+    kept = _Kept(tiered, layer, module, list(norm), sink, hidden.device)
+    linked = _Keep.apply(kept, kept.anchor, index, hidden, weights, *norm.values())  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Experts.apply(kept, index, *linked)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _norm_of(module: Any) -> dict[str, torch.Tensor]:
+    """Parameters of the norm behind each expert. They stay in memory; no others of the module may want gradients."""
+    norm = dict(module.post_expert_norm.named_parameters()) if module.has_post_expert_norm else {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and all(parameter is not known for known in norm.values()):
+            raise UnsupportedModelError(
+                f"{type(module).__name__}.{name} wants a gradient, but of what is resident in an experts module only "
+                "the norm behind the experts can be trained; freeze it with requires_grad_(False)"
+            )
+    return norm
+
+
+class _Kept:
+    """What the two nodes of a layer share. `node` is that of `_Keep`, which has the tensors."""
+
+    def __init__(
+        self,
+        tiered: TieredExperts,
+        layer: int,
+        module: Any,
+        norm: list[str],
+        sink: Sink | None,
+        device: torch.device,
+    ):
+        self.tiered, self.layer, self.module, self.norm = tiered, layer, module, norm
+        self.sink = sink  # None: the layer's experts are frozen
+        self.autocast = Autocast.now(device)
+        self.node: Any = None
+        # experts are no tensors: an empty one stands for them, so that something wants a gradient
+        self.anchor = torch.empty(0, device=device, requires_grad=sink is not None)
+        self._leaf: Any = None
+        if sink is not None:
+            made_of = self.anchor.view_as(self.anchor).grad_fn
+            assert made_of is not None
+            self._leaf = made_of.next_functions[0][0]
+
+    def collects(self) -> bool:
+        """In a backward: whether it would accumulate gradients of ordinary parameters in the experts' place.
+
+        `torch.autograd.grad` and `backward(inputs=...)` do that only for what they are asked for.
+        """
+        return self._leaf is not None and bool(torch._C._will_engine_execute_node(self._leaf))
+
+
+class _Keep(torch.autograd.Function):
+    """Identity; saves what backward needs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: _Kept, anchor: torch.Tensor, index: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """Hidden states, gate weights and the norm's parameters, as they are."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(index, *tensors)
+        kept.node = ctx
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        """As they come."""
+        return (None, None, None, *gradients)
+
+
+class _Experts(torch.autograd.Function):
+    """One layer's experts in one forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kept: _Kept, index: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, *norm: torch.Tensor
+    ) -> torch.Tensor:
+        """The very forward of inference."""
+        ctx.set_materialize_grads(False)
+        tiered = kept.tiered
+        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights)
+        ctx.kept, ctx.use, ctx.changes = kept, tiered.tape.record(access), tiered.sink
+        ctx.versions = () if tiered.sink is None else tuple(map(tiered.sink.version, access.keys))
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> Any:
+        """Gradients of hidden states, gate weights and norm; those of the experts go to the sink."""
+        kept: _Kept = ctx.kept
+        nothing = (None,) * (4 + len(kept.norm))
+        if gradient is None:
+            return nothing
+        cache = kept.tiered.cache
+        if not isinstance(cache, ExpertCache):
+            raise CapacityError(
+                "backward needs a slot for a whole expert, and this memory budget has none; give more host_memory"
+            )
+        _check_versions(ctx.changes, ctx.use.access, ctx.versions)
+        index, hidden, weights, *norm = kept.node.saved_tensors
+        _, _, _, of_hidden, of_weights, *of_norm = kept.node.needs_input_grad
+        wanted = {name: p for name, p, needed in zip(kept.norm, norm, of_norm, strict=True) if needed}
+        needs = Needs(of_hidden, of_weights, kept.collects(), wanted)
+        if not (needs.hidden or needs.weights or needs.experts or needs.norm):
+            return nothing
+        kept.tiered.tape.play(ctx.use)
+        with torch.autocast(hidden.device.type, enabled=False):
+            layer = LayerBackward(kept.module, kept.autocast, hidden, Routing(index, weights), gradient, needs)
+            access = kept.tiered.again(ctx.use.access)
+            collect = nullcontext() if kept.sink is None or not needs.experts else kept.sink.collect(access)
+            leases = cast("Generator[list[Lease], None, None]", cache.batches(access))
+            with collect as add, closing(leases):
+                for batch in leases:
+                    for lease in batch:
+                        layer.run(lease, add)
+            return None, None, *layer.results(kept.norm)
+
+
+def _check_versions(sink: Sink | None, access: Access, versions: tuple[int, ...]) -> None:
+    if sink is None:
+        return
+    for key, version in zip(access.keys, versions, strict=True):
+        now = sink.version(key)
+        if now != version:
+            raise StaleGraphError(
+                f"backward needs expert {key.expert} of MoE layer {key.layer} as forward saw it (version {version}), "
+                f"but it has been updated since (version {now}); run backward before optimizer.step(), and run forward "
+                "again after it"
+            )
