@@ -95,9 +95,6 @@ def write_json(path: Path | None, found: dict[str, Any]) -> None:
         path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-PIECES = ("--resume", "--minutes", "--json", "--update-docs")  # they choose a piece, not what is measured
-
-
 class Pieces:
     """A benchmark in pieces of some minutes, whose results meet in one file.
 
@@ -164,12 +161,12 @@ class Pieces:
 
 
 def without_pieces(command: str) -> str:
-    """A command line without what is about pieces and files only."""
+    """A command line without what is about pieces and places only."""
     words, kept = iter(command.split(" ")), []
     for word in words:
-        if word in ("--json", "--minutes"):
+        if word in ("--json", "--minutes", "--work"):
             next(words, None)
-        elif word.partition("=")[0] not in PIECES:
+        elif word != "--resume" and not word.startswith(("--json=", "--minutes=", "--work=")):
             kept.append(word)
     return " ".join(kept)
 

@@ -36,7 +36,7 @@ def pieces(path: Path | None, resume: bool = True, minutes: float = 1e9) -> repo
 
 def test_a_piece_goes_on_where_another_ended(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    found = pieces(path).open(fresh("b.py --resume --tokens 9 --minutes 3 --json r.json"))
+    found = pieces(path).open(fresh("b.py --resume --tokens 9 --minutes 3 --work=/tmp --json r.json"))
     assert found["runs"] == [] and found["machine"]["command"] == "b.py --tokens 9"
     found["runs"].append(1)
     pieces(path).write(found)
