@@ -64,9 +64,9 @@ OPTIONS = {
         "--temperature --threads -h [PROMPT]"
     ),
     "eval": (
-        "--admission --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
-        "--readers --revision --slots --text --threads --tokens --trust-remote-code --try --verbose --window "
-        "-h -q MODEL"
+        "--admission --cpu-experts --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
+        "--readers --revision --slots --split --store --text --threads --tokens --trust-remote-code --try --verbose "
+        "--window -h -q MODEL"
     ),
     "simulate": (
         "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
