@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moetier.access import Access, Phase
+from moetier.access import Access, Part, Phase
 from moetier.cache import ExpertCache, Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
@@ -93,13 +93,19 @@ class TieredExperts:
         return self.compute(layer, module, hidden, index, weights)[0]
 
     def compute(
-        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        module: Any,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        part: Part = Part.SERVE,
     ) -> tuple[torch.Tensor, Access]:
         """`forward` without a graph, and the access that it was."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
-        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass, part=part)
         if isinstance(self.cache, SliceCache):
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
@@ -113,7 +119,7 @@ class TieredExperts:
     def again(self, access: Access) -> Access:
         """The access of a backward over the experts of a forward."""
         self._clock += 1
-        return replace(access, time=self._clock, phase=Phase.BACKWARD)
+        return replace(access, time=self._clock, part=Part.BACKWARD)
 
     @property
     def _by_expert(self) -> bool:
@@ -191,7 +197,7 @@ class TieredExperts:
                 "tokens": self._steps.tokens[phase],
                 **self.overlap(phase).summary(),
             }
-            for phase in (Phase.PREFILL, Phase.DECODE)
+            for phase in Phase
         }
         stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}
