@@ -127,4 +127,4 @@ class Runs(RuleBasedStateMachine):
 
 
 class TestRuns(Runs.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=25, stateful_step_count=25, deadline=None, derandomize=True)
+    settings = settings(max_examples=12, stateful_step_count=20, deadline=None, derandomize=True)
