@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.predictors import Predictor
 from moetier.predictors.reliability import Frequencies
 from moetier.prefetch import ranked
@@ -148,7 +148,7 @@ class Prefetching:
         access's own thread, without the lock.
         """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None or access.phase is Phase.BACKWARD:  # predictors go forward
+        if stream is None or self.error is not None or access.part is Part.BACKWARD:  # predictors go forward
             return {}
         try:
             foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have

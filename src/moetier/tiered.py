@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moetier.access import Access, Phase
+from moetier.access import Access, Part, Phase
 from moetier.cache import ExpertCache, Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
@@ -83,13 +83,19 @@ class TieredExperts:
         return self.compute(layer, module, hidden, index, weights)[0]
 
     def compute(
-        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        module: Any,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        part: Part = Part.SERVE,
     ) -> tuple[torch.Tensor, Access]:
-        """`forward` without a graph, and the access that it was."""
+        """`forward` without a graph, and the access that it was; `part` of a training step."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
-        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass, part=part)
         if isinstance(self.cache, SliceCache):
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
@@ -102,7 +108,7 @@ class TieredExperts:
     def again(self, access: Access) -> Access:
         """The access of a backward over the experts of a forward."""
         self._clock += 1
-        return replace(access, time=self._clock, phase=Phase.BACKWARD)
+        return replace(access, time=self._clock, part=Part.BACKWARD)
 
     @property
     def phase(self) -> Phase:
