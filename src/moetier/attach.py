@@ -33,9 +33,9 @@ from moetier.stores.opening import find_packed
 from moetier.stores.packed import PackedStore
 from moetier.stores.packed_index import PackedIndex
 from moetier.stores.shards import Shards
-from moetier.stream_ahead import StreamAhead
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure_all
+from moetier.training.ahead import StepAhead
 
 
 def attach_cache(
@@ -72,8 +72,6 @@ def attach_cache(
         if isinstance(cache, ExpertCache):
             calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
             attach_prefetching(model, cache, options.prefetch, top_k)
-            if options.prefetch != OFF and plan.slots < plan.workload.records:
-                cache.ahead = StreamAhead(cache.core, tuple(len(m.recipes) for m in maps))
         crew = None
         readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
         if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
@@ -84,6 +82,8 @@ def attach_cache(
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
     tiered.calibration, tiered.crew = calibration, crew
+    if isinstance(cache, ExpertCache) and options.prefetch != OFF and plan.slots < plan.workload.records:
+        cache.ahead = StepAhead(cache.core, tuple(len(m.recipes) for m in maps), tiered.tape.coming)
     if crew is not None and options.split == "auto":
         tiered.trial = SplitTrial()
     bind(model, modules, tiered)

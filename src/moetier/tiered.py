@@ -101,7 +101,7 @@ class TieredExperts:
         weights: torch.Tensor,
         part: Part = Part.SERVE,
     ) -> tuple[torch.Tensor, Access]:
-        """`forward` without a graph, and the access that it was."""
+        """`forward` without a graph, and the access that it was; `part` of a training step."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
