@@ -115,6 +115,13 @@ def test_what_forward_does_not_want_after_all_is_given_up() -> None:
     assert steps.serve(F, keys(2, 3)) == list(keys(2, 3)), "two of eight say nothing about the next layer"
 
 
+def test_experts_that_catch_up_in_passing_disturb_nothing() -> None:
+    steps = Steps(2 * EXPERTS)
+    steps.serve(F, keys(0))
+    steps.serve(Part.UPDATE, keys(1, 3))
+    assert steps.serve(F, keys(1)) == []
+
+
 def test_a_prefill_is_staged_as_ever() -> None:
     steps = Steps(EXPERTS + 3, "lru", staging=3)
     steps.serve(Part.SERVE, keys(3))

@@ -73,6 +73,20 @@ def test_recomputation_in_backward_is_learnt() -> None:
     assert ranked(seen, k(1, 0), k(0, 0), k(2, 0)) == [k(2, 0), k(1, 0), k(0, 0)]
 
 
+def test_updates_in_passing_change_nothing() -> None:
+    """An idle expert catches up before the forward that needs it; or backward updates what it has just used."""
+    plain = [*step(0, 1, parts=(F, B)) * 3, *(access(F, layer, 0, 1) for layer in range(3))]
+    passing = []
+    for one in plain:
+        if one.part is F and one.layer:
+            passing.append(access(U, one.layer, 1))
+        passing.append(one)
+        if one.part is B and one.layer:
+            passing.append(access(U, one.layer, 0))
+    residents = [k(layer, expert) for layer in range(LAYERS) for expert in (0, 1, 5)]
+    assert ranked(passing, *residents) == ranked(plain, *residents)
+
+
 def test_a_graph_that_is_thrown_away_is_forgotten() -> None:
     seen = [*step(0, parts=(F, B)), *step(5, parts=(F,)), *step(0, parts=(S,)), *step(0, parts=(F,))]
     assert ranked(seen, k(0, 5), k(0, 0), k(1, 0)) == [k(0, 5), k(0, 0), k(1, 0)]

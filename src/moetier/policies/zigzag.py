@@ -52,6 +52,8 @@ class Zigzag(Ranked):
     def on_access(self, access: Access) -> None:
         """Where the step is, and what it used."""
         part, layer = access.part, access.layer
+        if part is Part.UPDATE and (self._part, layer) in ((Part.FORWARD, self._layer + 1), (DOWN, self._layer)):
+            return  # in passing: an expert that was idle catches up, or is updated by its backward
         ids = [layer * self._experts + key[1] for key in access.keys]
         stays = (part, layer) == (self._part, self._layer) and part > Part.FORWARD  # a forward asks for a layer once
         if not stays:
