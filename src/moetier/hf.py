@@ -8,6 +8,7 @@ stacked parameters and compute through the `moetier` experts implementation.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class TieredExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, **options: Any):
         options.pop("quant_method", None)
         self.quant_method = NAME
+        if isinstance(options.get("train"), os.PathLike):
+            options["train"] = os.fspath(options["train"])
         try:
             self.options = Options(**options)
         except TypeError as error:
@@ -134,7 +137,12 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         own_resident_weights(model)
-        attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        if self.options.train is None:
+            attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        else:
+            from moetier.training.attach import attach_training
+
+            attach_training(model, self._modules, self._maps, self._shards, self.options, self._top_k)
         told = model.moetier.oversubscribed(self._cores)
         if told is not None:
             warnings.warn(told, RuntimeWarning, stacklevel=2)

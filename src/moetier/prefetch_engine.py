@@ -149,7 +149,7 @@ class Prefetching:
         access's own thread, without the lock.
         """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None or access.part is Part.BACKWARD:  # predictors go forward
+        if stream is None or self.error is not None or access.part > Part.FORWARD:  # predictors go forward
             return {}
         try:
             foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.residency import Residency
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class StreamAhead:
     def released(self, access: Access) -> None:
         """After a release, when no expert of the access waits for a slot any more."""
         layer = access.layer + 1
-        if access.phase is not Phase.PREFILL or layer >= len(self._experts):
+        if access.phase is not Phase.PREFILL or access.part > Part.FORWARD or layer >= len(self._experts):
             return
         if len(access.keys) < SATURATED * self._experts[access.layer]:
             return

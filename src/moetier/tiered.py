@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from moetier.training.autograd import differentiable
 from moetier.training.sink import Sink
 from moetier.training.tape import Tape
 
+if TYPE_CHECKING:
+    from moetier.training.session import TrainingSession
+
 Watch = Callable[[int, torch.Tensor, torch.Tensor, Phase], None]  # layer, experts [T, K], gate weights [T, K], phase
 
 
@@ -55,6 +58,7 @@ class TieredExperts:
         self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
+        self.training: TrainingSession | None = None  # None: experts are as the checkpoint has them
         self.sink: Sink | None = None  # trains the experts; None: they are frozen
         self.tape = Tape()  # forwards whose backward is still to come
         self._one_thread = OneThread()
@@ -109,7 +113,8 @@ class TieredExperts:
         batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
         if self.sink is not None:
             batches = self.sink.fresh(access, batches)
-        return forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee), access
+        result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+        return result, access
 
     def again(self, access: Access) -> Access:
         """The access of a backward over the experts of a forward."""
@@ -192,7 +197,7 @@ class TieredExperts:
                 "tokens": self._steps.tokens[phase],
                 **self.overlap(phase).summary(),
             }
-            for phase in (Phase.PREFILL, Phase.DECODE)
+            for phase in Phase
         }
         stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}
@@ -209,9 +214,17 @@ class TieredExperts:
             raise ConfigError("no profile was recorded; load the model with record_profile=True")
         return self.cache.profile
 
+    def commit(self, step: int | None = None, extra: Any = None, **parts: Any) -> int:
+        """Make a checkpoint of the training run; see `TrainingSession.commit` and docs/training.md."""
+        if self.training is None:
+            raise ConfigError("commit: the model was not loaded to be trained; load it with train=RUN_FOLDER")
+        return self.training.commit(step, extra, **parts)
+
     def close(self) -> None:
         """Stop the threads and close the files. The model cannot run afterwards."""
         self.cache.close()
+        if self.training is not None:
+            self.training.close()
         if self.crew is not None:
             self.crew.close()
 

@@ -1,1 +1,1 @@
-"""Training models whose experts do not fit: backward through experts that may have left their slots since forward."""
+"""Training models whose experts do not fit: backward, gradients, optimizers and checkpoints, record by record."""

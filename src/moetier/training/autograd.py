@@ -26,6 +26,7 @@ from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
 from moetier.training.arithmetic import Autocast
 from moetier.training.layer_backward import LayerBackward, Needs
+from moetier.training.proxy import Proxy
 from moetier.training.sink import Sink
 
 if TYPE_CHECKING:
@@ -53,8 +54,10 @@ def differentiable(
 def _norm_of(module: Any) -> dict[str, torch.Tensor]:
     """Parameters of the norm behind each expert. They stay in memory; no others of the module may want gradients."""
     norm = dict(module.post_expert_norm.named_parameters()) if module.has_post_expert_norm else {}
+    known = {id(parameter) for parameter in norm.values()}
+    known |= {id(p) for part in module.children() if isinstance(part, Proxy) for p in part.parameters()}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and all(parameter is not known for known in norm.values()):
+        if parameter.requires_grad and id(parameter) not in known:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.{name} wants a gradient, but of what is resident in an experts module only "
                 "the norm behind the experts can be trained; freeze it with requires_grad_(False)"

@@ -1,0 +1,364 @@
+"""The training engine: joins the caches of weights, gradients and optimizer states of a model's experts.
+
+It collects gradients in backward, applies them at a step, and makes experts that were idle catch up before a forward
+uses them. What is due it asks the ledger, what an update does the record optimizer; this file moves records between
+them. It knows nothing of autograd, checkpoints or the rest of the model.
+
+Between a backward and its step the engine holds gradients, and only then. After an error in the middle of an update
+the weights in the caches are of two steps: the engine refuses everything from then on, and the way out is the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from moetier.access import Access, ExpertKey
+from moetier.cache import ExpertCache, Lease
+from moetier.errors import ConfigError, MoetierError
+from moetier.stores import ExpertStore
+from moetier.training.gradients import Fields, Gradients
+from moetier.training.leases import together
+from moetier.training.ledger import MOST_OWED, Ledger
+from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
+from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
+from moetier.training.optimizers.usage import Usage
+from moetier.training.proxy import Proxy
+
+Scale = Callable[[ExpertKey, float], float]
+Idle = Literal["dense", "skip"]
+When = Literal["step", "backward"]
+
+
+@dataclass
+class Applied:
+    """What is applied to the experts: how, with which states, and when."""
+
+    optimizer: RecordOptimizer
+    state: ExpertCache | None  # None: the optimizer has no state
+    idle: Idle = "dense"
+    when: When = "step"
+    usage: Usage | None = None  # where the optimizer depends on how often an expert is used
+
+
+@dataclass
+class Records:
+    """Leases on an expert's records. `begun`: the state was made just now."""
+
+    weights: Lease
+    state: Lease | None
+    gradients: Lease | None
+    begun: bool = False
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """Fields of the state; none where the optimizer has none."""
+        return {} if self.state is None else self.state.fields
+
+    def keep(self, changed: bool) -> None:
+        """Whether the records were changed, and must be written home."""
+        self.weights.dirty = changed
+        if self.state is not None:
+            self.state.dirty = changed or self.begun
+
+
+class TrainingEngine:
+    """Trains the experts of one model, whose weights are in the cache `weights`: the sink of its backward.
+
+    `proxies` stand for the experts of each layer; `counts` are the experts of each.
+    """
+
+    def __init__(self, weights: ExpertCache, gradients: ExpertCache, proxies: Sequence[Proxy], counts: Sequence[int]):
+        self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
+        self.ledger: Ledger = Ledger(counts)
+        self.applied: Applied | None = None
+        # what updates during backward are made with: settings by layer, and scales
+        self.upcoming: Callable[[], tuple[Sequence[Settings | None], Scale]] | None = None
+        self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
+        self._begun: dict[int, tuple[Hyper, Scale]] = {}  # layers whose step has begun during backward
+        self._at_once: dict[int, dict[ExpertKey, float]] = {}  # squared norms, by layer, of what is applied
+        self._broken: BaseException | None = None
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def trains(self, layer: int) -> bool:
+        """Whether the experts of a layer are trained."""
+        return self.proxies[layer].trains
+
+    def version(self, key: ExpertKey) -> int:
+        """Changes whenever the expert's weights do."""
+        return int(self.ledger.versions[key])
+
+    def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
+        """The leases of a forward, whose experts owe no step: those that do catch up first."""
+        self.check()
+        if self.owes:
+            raise ConfigError(
+                "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
+                "before the first forward"
+            )
+        if self.ledger.steps(access.layer):
+            self.catch_up(access.layer, self.ledger.behind(access.layer, [key.expert for key in access.keys]))
+        return batches
+
+    def catch_up(self, layer: int, keys: Sequence[ExpertKey]) -> None:
+        """Do to these experts what the steps that they missed do to an expert without tokens."""
+        applied = self.applied
+        if not keys or applied is None:
+            return
+        ledger = self.ledger
+        if applied.idle == "skip":
+            for key in keys:
+                ledger.caught_up(key, False)
+            return
+        owed = {key: ledger.owed(key) for key in keys}
+        due = []
+        for key in keys:
+            optimizer = self._optimizer(key)
+            if any(optimizer.idles(hyper) for hyper in owed[key]):
+                due.append(key)
+            else:
+                ledger.caught_up(key, False)
+        try:
+            with torch.no_grad():
+                for key, records in self._records(layer, due):
+                    changed = self._optimizer(key).idle(records.weights.fields, records.states, owed[key])
+                    records.keep(changed)
+                    ledger.caught_up(key, changed)
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def catch_up_all(self) -> None:
+        """No expert owes a step afterwards."""
+        self.check()
+        for layer in range(len(self.proxies)):
+            self.catch_up(layer, self.ledger.behind(layer))
+
+    def anyone_owes(self) -> bool:
+        """Whether any expert owes a step."""
+        return any(self.ledger.behind(layer) for layer in range(len(self.proxies)))
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def add(self, key: ExpertKey, gradients: Fields) -> None:
+        """An expert's gradient from one backward pass: summed up for the step, or applied at once.
+
+        Raises `ConfigError` where no optimizer is there to take it.
+        """
+        self.check()
+        if self.applied is None:
+            raise ConfigError(
+                "the experts of this model have gradients but no optimizer: make one (moetier.AdamW(model, lr=…)) "
+                "before the first backward, or freeze them (model.requires_grad_(False), or the parameter `proxy` of "
+                "a layer's experts)"
+            )
+        if self.applied.when == "step":
+            self.gradients.add(key, gradients)
+        else:
+            self._apply_at_once(key, gradients)
+
+    @contextmanager
+    def collect(self, access: Access) -> Iterator[Callable[[ExpertKey, Fields], None]]:
+        """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients."""
+        yield self.add
+        self.show(access.layer)
+
+    def show(self, layer: int) -> None:
+        """Make the norm of a layer's gradients so far the gradient of its proxy."""
+        squares = self.squares(layer)
+        self.proxies[layer].show(norm_of(squares.values()) if squares else None)
+
+    def squares(self, layer: int) -> Mapping[ExpertKey, float]:
+        """The squared 2-norms of the gradients of a layer's experts."""
+        at_once = self.applied is not None and self.applied.when == "backward"
+        return (self._at_once if at_once else self.gradients.squares).get(layer, {})
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are gradients that no step has taken."""
+        return bool(self.gradients.squares or self._at_once)
+
+    def clear(self) -> None:
+        """Forget all gradients that no step has taken. Raises `ConfigError` for such as were applied already."""
+        if self._at_once:
+            raise ConfigError(
+                "update='backward': the gradients of this backward are in the experts already, so they cannot be "
+                "dropped; call optimizer.step() after every backward, or use update='step'"
+            )
+        self.gradients.clear()
+        for proxy in self.proxies:
+            proxy.show(None)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, settings: Sequence[Settings | None], scale: Scale) -> None:
+        """One optimizer step of all layers that have a gradient.
+
+        `settings` (None: no optimizer has the layer) are per layer; `scale(key, squared norm)` is what an expert's
+        gradient is multiplied by first.
+        """
+        self.check()
+        try:
+            for layer, own in enumerate(settings):
+                if own is not None and layer in self.gradients.squares:
+                    self._step_layer(layer, own, scale)
+        except BaseException as error:
+            self._broken = error
+            raise
+        self.clear()
+
+    def _step_layer(self, layer: int, settings: Settings, scale: Scale) -> None:
+        squares = self.gradients.squares[layer]
+        self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+        hyper = self.ledger.begin(layer, settings)
+        self._count(squares, hyper)
+        for key, records in self._records(layer, sorted(squares), self.gradients.cache):
+            assert records.gradients is not None
+            fields = records.gradients.fields
+            scale_(fields.values(), scale(key, squares[key]))
+            self._update(key, records, fields, hyper)
+        self.gradients.clear(layer)
+        self.ledger.forget(layer)
+
+    def _update(self, key: ExpertKey, records: Records, gradients: Fields, hyper: Hyper) -> None:
+        assert self.applied is not None
+        ledger = self.ledger
+        if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
+            hyper = hyper.at(int(ledger.updates[key]) + 1)
+        self._optimizer(key).update(records.weights.fields, gradients, records.states, hyper)
+        ledger.updated(key)
+
+    def _count(self, keys: Iterable[ExpertKey], hyper: Hyper) -> None:
+        """Experts are used in a step of their layer; before it is decided how they are updated."""
+        assert self.applied is not None
+        if self.applied.usage is not None:
+            for key in keys:
+                self.applied.usage.count(key, hyper.step)
+
+    def _optimizer(self, key: ExpertKey) -> RecordOptimizer:
+        """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
+        applied = self.applied
+        assert applied is not None
+        return applied.optimizer if applied.usage is None else applied.optimizer.part(applied.usage.share(key))
+
+    def usage(self) -> Any:
+        """How often experts are used, for a checkpoint; None where nobody asks."""
+        usage = None if self.applied is None else self.applied.usage
+        return None if usage is None else usage.to_json()
+
+    # -- updates during backward ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _apply_at_once(self, key: ExpertKey, gradients: Fields) -> None:
+        assert self.upcoming is not None
+        layer = key.layer
+        squares = self._at_once.setdefault(layer, {})
+        if key in squares:
+            raise ConfigError(
+                "update='backward' takes one backward per step, and this is another one; use update='step' to "
+                "accumulate gradients"
+            )
+        squares[key] = squared_norm(gradients.values())
+        try:
+            if layer not in self._begun:
+                self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+                settings, scale = self.upcoming()
+                own = settings[layer]
+                assert own is not None
+                self._begun[layer] = (self.ledger.begin(layer, own), scale)
+            hyper, scale = self._begun[layer]
+            self._count([key], hyper)
+            scale_(gradients.values(), scale(key, squares[key]))
+            for _, records in self._records(layer, [key]):
+                self._update(key, records, gradients, hyper)
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def check_factors(self, factors: Sequence[float]) -> None:
+        """Raise `ConfigError` if gradients were scaled that are in the experts already."""
+        if any(factor != 1.0 for factor in factors):
+            self._broken = ConfigError(
+                "update='backward': the gradients were scaled or clipped after backward had applied them to the "
+                "experts; use update='step' with accumulation, loss scaling and clipping by the global norm"
+            )
+            raise self._broken
+
+    def close_step(self) -> None:
+        """The end of a step whose updates were made during backward."""
+        self.check()
+        for layer in self._begun:
+            self.ledger.forget(layer)
+        self._begun.clear()
+        self._at_once.clear()
+        self.clear()
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _records(
+        self, layer: int, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None
+    ) -> Iterator[tuple[ExpertKey, Records]]:
+        """The records of every key, the state begun, marked as changed; first those whose state is not needed."""
+        assert self.applied is not None
+        state = self.applied.state
+        if state is not None and self.applied.usage is not None:
+            layout = self.weights.store.layout(layer)
+            needs = {key: self._optimizer(key).state_layout(layout) is not None for key in keys}
+            yield from self._leased(layer, [key for key in keys if not needs[key]], None, gradients)
+            keys = [key for key in keys if needs[key]]
+        yield from self._leased(layer, keys, state, gradients)
+
+    def _leased(
+        self, layer: int, keys: Sequence[ExpertKey], state: ExpertCache | None, gradients: ExpertCache | None
+    ) -> Iterator[tuple[ExpertKey, Records]]:
+        if not keys:
+            return
+        assert self.applied is not None
+        caches = [cache for cache in (state, self.weights, gradients) if cache is not None]
+        for leases in together(layer, keys, *caches):
+            left = list(leases)
+            own = left.pop(0) if state is not None else None
+            records = Records(left.pop(0), own, left.pop() if left else None)
+            records.keep(True)
+            key = records.weights.key
+            records.begun = state is self.applied.state and not self.ledger.begun[key]
+            if records.begun:
+                self.applied.optimizer.begin(records.weights.fields, records.states)
+                self.ledger.begun[key] = True
+            yield key, records
+
+    def flush(self) -> None:
+        """Write everything changed home: weights and states. Raises `StoreError`."""
+        for cache in self._kept():
+            cache.flush()
+
+    def settled(self) -> ExpertStore:
+        """The store of the weights, with every expert in it as it is by now, none of which owes a step."""
+        self.catch_up_all()
+        self.weights.flush()
+        return self.weights.store
+
+    def close(self) -> None:
+        """Stop what is the engine's own: the caches of gradients and states."""
+        self.gradients.cache.close()
+        if self.applied is not None and self.applied.state is not None:
+            self.applied.state.close()
+
+    def _kept(self) -> list[ExpertCache]:
+        state = None if self.applied is None else self.applied.state
+        return [self.weights] if state is None else [self.weights, state]
+
+    def check(self) -> None:
+        """Raise `MoetierError` where nothing more can be done with the experts in memory."""
+        if self._broken is not None:
+            raise MoetierError(
+                f"training stopped in the middle of an update ({self._broken}), so the experts in memory are of two "
+                "steps; load the model again with the same run folder, it goes on from the last checkpoint"
+            ) from self._broken

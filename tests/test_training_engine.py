@@ -1,0 +1,215 @@
+"""The training engine against ordinary parameters and torch's fused optimizers: the same bits at any size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from memory_store import MemoryStore
+from moetier.access import Access, ExpertKey
+from moetier.errors import ConfigError, MoetierError, StoreError
+from moetier.record import RecordLayout
+from moetier.training.caches import small_cache
+from moetier.training.engine import Applied, TrainingEngine
+from moetier.training.gradients import gradient_layout
+from moetier.training.ledger import Ledger
+from moetier.training.optimizers import make_optimizer
+from moetier.training.proxy import Proxy
+
+LAYERS, EXPERTS, STEPS = 2, 6, 12
+KINDS = ["sgd", "sgd(weight_decay=0.1)", "momentum(weight_decay=0.01)", "adamw(weight_decay=0.1)", "adam"]
+
+
+def layout(dtype: torch.dtype) -> RecordLayout:
+    return RecordLayout.of([("gate_up_proj", dtype, (10, 7)), ("down_proj", dtype, (7, 5))])
+
+
+class Rig:
+    """An engine over stores in memory, and the same experts as parameters."""
+
+    def __init__(self, kind: str, slots: int, dtype: torch.dtype = torch.float32, when: Any = "step"):
+        self.optimizer = make_optimizer(kind)
+        layouts, counts = [layout(dtype)] * LAYERS, [EXPERTS] * LAYERS
+        self.store = MemoryStore(layouts, counts)
+        self.parameters: dict[ExpertKey, dict[str, torch.Tensor]] = {}
+        generator = torch.Generator().manual_seed(0)
+        for key, data in self.store.data.items():
+            views = layouts[0].views(torch.frombuffer(data, dtype=torch.uint8))
+            for view in views.values():
+                view.copy_(torch.randn(view.shape, generator=generator))
+            self.parameters[key] = {name: view.clone().requires_grad_() for name, view in views.items()}
+        gradients = MemoryStore([gradient_layout(each) for each in layouts], counts)
+        self.proxies = [Proxy() for _ in range(LAYERS)]
+        weights = small_cache(self.store, slots, counts, 1)
+        self.engine = TrainingEngine(weights, small_cache(gradients, slots, counts, 1), self.proxies, counts)
+        states = [self.optimizer.state_layout(each) for each in layouts]
+        state = None
+        if states[0] is not None:
+            state = small_cache(MemoryStore([each for each in states if each], counts), slots, counts, 1)
+        self.engine.applied = Applied(self.optimizer, state, "dense", when)
+
+    def backward(self, layer: int, experts: list[int], seed: int) -> None:
+        """Gradients for some experts of a layer, in the engine and in the parameters."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = tuple(ExpertKey(layer, expert) for expert in experts)
+        access = Access(0, layer, keys)
+        list(self.engine.fresh(access, []))
+        with self.engine.collect(access) as add:
+            for key in keys:
+                made = {}
+                for name, parameter in self.parameters[key].items():
+                    made[name] = torch.randn(parameter.shape, generator=generator)
+                    if parameter.grad is None:
+                        parameter.grad = made[name].clone()
+                    else:
+                        parameter.grad += made[name]
+                add(key, made)
+
+    def weights(self) -> dict[ExpertKey, dict[str, torch.Tensor]]:
+        self.engine.catch_up_all()
+        found = {}
+        for layer in range(LAYERS):
+            keys = tuple(ExpertKey(layer, expert) for expert in range(EXPERTS))
+            for lease in self.engine.weights.stream(Access(0, layer, keys)):
+                found[lease.key] = {name: field.clone() for name, field in lease.fields.items()}
+        return found
+
+    def close(self) -> None:
+        self.engine.weights.close()
+        self.engine.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def make(*args: Any, **kwargs: Any) -> Rig:
+        made.append(Rig(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def of_torch(kind: str, parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    group = make_optimizer(kind).settings.group() | {"lr": lr}
+    name = kind.partition("(")[0]
+    classes: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    made: torch.optim.Optimizer = classes.get(name, torch.optim.SGD)(parameters, fused=True, **group)
+    return made
+
+
+def settings(rig: Rig, lr: float) -> list[Any]:
+    own = rig.optimizer.settings
+    return [type(own)(**own.group() | {"lr": lr})] * LAYERS
+
+
+def unscaled(key: ExpertKey, square: float) -> float:
+    return 1.0
+
+
+def experts_of(step: int, layer: int) -> list[int]:
+    """A few of the layer's experts; the last one never, the one before only in the beginning."""
+    generator = torch.Generator().manual_seed(100 * step + layer)
+    drawn = set(torch.randperm(EXPERTS - 2, generator=generator)[:2].tolist())
+    return sorted(drawn | ({EXPERTS - 2} if step < 2 else set()))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_torch_with_zero_gradients_for_the_idle(rig: Any, kind: str, slots: int) -> None:
+    mine = rig(kind, slots)
+    every = [p for fields in mine.parameters.values() for p in fields.values()]
+    theirs = of_torch(kind, every, 0.1)
+    for step in range(STEPS):
+        lr = 0.1 / (step + 1)
+        theirs.param_groups[0]["lr"] = lr
+        for part in range(1 + step % 2):  # micro-batches
+            for layer in reversed(range(LAYERS)):
+                mine.backward(layer, experts_of(step + part, layer), step * 10 + part)
+        for parameter in every:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        theirs.step()
+        theirs.zero_grad()
+        mine.engine.step(settings(mine, lr), unscaled)
+        assert not mine.engine.pending
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
+
+
+def test_skipped_experts_keep_their_own_count(rig: Any) -> None:
+    """As torch treats parameters whose gradient is None."""
+    mine = rig("adamw(weight_decay=0.1)", 2)
+    mine.engine.applied.idle = "skip"
+    theirs = of_torch("adamw(weight_decay=0.1)", [p for f in mine.parameters.values() for p in f.values()], 0.1)
+    for step in range(STEPS):
+        for layer in reversed(range(LAYERS)):
+            mine.backward(layer, experts_of(step, layer), step)
+        theirs.step()
+        theirs.zero_grad()
+        mine.engine.step(settings(mine, 0.1), unscaled)
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
+
+
+def test_a_layer_without_gradients_makes_no_step(rig: Any) -> None:
+    mine = rig("adamw(weight_decay=0.1)", 2)
+    mine.backward(1, [2], 0)
+    mine.engine.step(settings(mine, 0.1), unscaled)
+    assert [mine.engine.ledger.steps(layer) for layer in range(LAYERS)] == [0, 1]
+    assert mine.engine.ledger.behind(0) == [] and len(mine.engine.ledger.behind(1)) == EXPERTS - 1
+
+
+@pytest.mark.parametrize("writes", [0, 5])
+def test_an_update_that_fails_ends_training(rig: Any, writes: int) -> None:
+    mine = rig("sgd", 1)
+    mine.backward(0, [0, 1, 2], 0)
+    mine.store.refuse = mine.store.writes + writes % 2
+    with pytest.raises(StoreError, match="the disk is full"):
+        mine.engine.step(settings(mine, 0.1), unscaled)
+    for call in (mine.engine.catch_up_all, lambda: mine.engine.add(ExpertKey(0, 0), {})):
+        with pytest.raises(MoetierError, match="it goes on from the last checkpoint"):
+            call()
+    mine.store.refuse = None
+
+
+def test_the_proxy_shows_the_norm_and_hands_back_what_was_done_to_it(rig: Any) -> None:
+    mine = rig("sgd", 2)
+    mine.backward(0, [0, 3], 0)
+    every = [p.grad.reshape(-1) for f in mine.parameters.values() for p in f.values() if p.grad is not None]
+    proxy = mine.proxies[0]
+    assert proxy.weight.grad.item() == pytest.approx(torch.cat(every).norm().item(), rel=1e-6)
+    assert proxy.factor() == 1.0 and mine.proxies[1].weight.grad is None
+    proxy.weight.grad *= 0.25
+    assert proxy.factor() == 0.25
+    mine.engine.clear()
+    assert proxy.weight.grad is None and proxy.factor() == 1.0 and not mine.engine.pending
+    proxy.show(0.0)
+    proxy.weight.grad += 1.0
+    with pytest.raises(ConfigError, match="can be scaled, not shifted"):
+        proxy.factor()
+    assert not proxy.state_dict()
+
+
+def test_the_books_come_back_as_they_were(rig: Any) -> None:
+    mine = rig("momentum", 2)
+    for step in range(3):
+        mine.backward(0, experts_of(step, 0), step)
+        mine.engine.step(settings(mine, 0.1 / (step + 1)), unscaled)
+    template = mine.optimizer.settings
+    again = Ledger([EXPERTS] * LAYERS)
+    again.load(json.loads(json.dumps(mine.engine.ledger.save())), template)
+    for expert in range(EXPERTS):
+        assert again.owed(ExpertKey(0, expert)) == mine.engine.ledger.owed(ExpertKey(0, expert))
+    assert again.save() == mine.engine.ledger.save()
+    for damaged in ({}, {"done": [[1]]}, mine.engine.ledger.save() | {"done": [[0]]}):
+        with pytest.raises(StoreError, match="books of steps"):
+            again.load(damaged, template)
