@@ -61,9 +61,13 @@ def report(model: Any, name: str, speed: dict[str, float], load: float, generate
         stats["phases"][phase.name.lower()]["bound_words"] = model.moetier.overlap(phase).words()
     stats["seconds"] = {"load": load, "generate": generate, **stats["seconds"]}
     head = {"version": STATS_VERSION, "moetier": __version__, "model": name}
+    return {**head, "store": home_of(model), "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+
+
+def home_of(model: Any) -> dict[str, str]:
+    """Where the experts are read from."""
     store = model.moetier.cache.store
-    home = {"kind": store.kind, "path": str(store.folder)}
-    return {**head, "store": home, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+    return {"kind": store.kind, "path": str(store.folder)}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

@@ -126,7 +126,9 @@ class _Experts(torch.autograd.Function):
         """The very forward of inference."""
         ctx.set_materialize_grads(False)
         tiered = kept.tiered
-        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights, Part.FORWARD)
+        # a recomputation is asked for by a backward, and comes in its order
+        part = Part.FORWARD if torch._C._current_graph_task_id() == -1 else Part.BACKWARD
+        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights, part)
         ctx.kept, ctx.use, ctx.changes = kept, tiered.tape.record(access), tiered.sink
         ctx.versions = () if tiered.sink is None else tuple(map(tiered.sink.version, access.keys))
         return result
