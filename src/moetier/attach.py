@@ -27,6 +27,7 @@ from moetier.residency import Residency
 from moetier.routing import Lever
 from moetier.saving import save_streaming
 from moetier.sizing import record_nbytes, slice_nbytes, workspace_nbytes
+from moetier.split_trial import SplitTrial
 from moetier.stores.checkpoint import CheckpointStore, slot_nbytes
 from moetier.stores.opening import find_packed
 from moetier.stores.packed import PackedStore
@@ -87,6 +88,8 @@ def attach_cache(
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
     tiered.calibration, tiered.crew = calibration, crew
+    if crew is not None and options.split == "auto":
+        tiered.trial = SplitTrial()
     for layer, (_, module) in enumerate(modules):
         object.__setattr__(module, "_moetier", (tiered, layer))
     object.__setattr__(model, "moetier", tiered)

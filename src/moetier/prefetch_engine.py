@@ -31,6 +31,7 @@ _STREAMS = 64  # threads whose predictors are kept
 _LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
 _WARMUP = 192  # accesses, for a predictor that does not say how many passes it needs to be of use
 _CANDIDATES = 16  # an access, at most
+_SLACK = 0.5  # records that may be under way when the next access comes: measured, the link shares itself (docs/LOG.md)
 
 
 @dataclass(slots=True)
@@ -281,7 +282,7 @@ class Prefetching:
         if period is None or not each:
             return 1.0 - under_way
         idle = period - max(stream.misses * each, now - stream.begun)
-        return idle / each - under_way
+        return idle / each + _SLACK - under_way
 
     def _issue(self, keys: list[ExpertKey], chances: list[float], setting: Setting, room: float) -> int:
         """Likeliest first, while there is room. One that will be half-way when its access comes saves the other half

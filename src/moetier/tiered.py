@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,15 +15,17 @@ from moetier.cache import ExpertCache
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace
-from moetier.crew import MAX_ROWS, Crew, OneThread
+from moetier.crew import Crew, OneThread
 from moetier.errors import ConfigError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of
 from moetier.mapping import LayerMap
 from moetier.overlap import Overlap, StepClock
 from moetier.plan import Plan
+from moetier.products import MAX_ROWS
 from moetier.profile import Profile
 from moetier.routing import Lever
+from moetier.split_trial import SplitTrial
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
 
@@ -49,7 +52,10 @@ class TieredExperts:
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self._one_thread = OneThread()
-        self._small = False  # the step that runs
+        self.trial: SplitTrial | None = None  # decides when the crew does it; None: always
+        self._small = 0  # tokens of the step that runs, if it is a small one
+        self._small_before = 0
+        self._begun = 0.0
         self._recorder = recorder
         self._needs_mass = needs_mass
         self._clock = 0
@@ -79,8 +85,13 @@ class TieredExperts:
         if isinstance(self.cache, SliceCache):
             return forward_in_slices(module, hidden, routing, self.cache.slices(access))
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
-        crew = self.crew if self._small else None
-        return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
+        crew = self.crew if self._small and self._by_expert else None
+        batches = self.cache.batches(access, aside=crew is not None)
+        return forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+
+    @property
+    def _by_expert(self) -> bool:
+        return self.trial is None or self.trial.crew
 
     @property
     def phase(self) -> Phase:
@@ -100,14 +111,20 @@ class TieredExperts:
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
             self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
-            shared = self.crew is not None and torch.get_num_threads() > 1
-            self._small = shared and tokens.shape[0] * tokens.shape[1] <= MAX_ROWS
-            if self._small:
+            rows = tokens.shape[0] * tokens.shape[1]
+            shared = self.crew is not None and rows <= MAX_ROWS and torch.get_num_threads() > 1
+            self._small = rows if shared else 0
+            self._begun = time.perf_counter()
+            if self._small and self._by_expert:
                 self._one_thread.enter()
 
     def after_forward(self, module: Any, args: Any, output: Any = None) -> None:
         """Forward hook of the model, called also when the forward failed, then without an output."""
         self._one_thread.leave()
+        if self._small and self.trial is not None and output is not None:
+            if self._small == self._small_before:  # else the times say nothing
+                self.trial.record(time.perf_counter() - self._begun)
+            self._small_before = self._small
         step = None if output is None else self._steps.end()
         if step is not None and self.cache.probe is not None:
             self.cache.probe.stepped(*step)
