@@ -249,3 +249,18 @@ def test_experts_without_an_optimizer_are_not_trained_in_silence(trained: Get) -
     model = trained()
     with torch.enable_grad(), pytest.raises(moetier.ConfigError, match="have gradients but no optimizer"):
         model(**batch(0), use_cache=False).loss.backward()
+
+
+def test_memory_is_divided_out_of_one_budget(checkpoint: Get, trained: Get) -> None:
+    with pytest.raises(moetier.CapacityError, match=r"the minimum is .* \((\d+) bytes\)") as refused:
+        trained(slots=None, host_memory="1MiB")
+    least = int(str(refused.value).partition("(")[2].partition(" ")[0])
+    for budget in (least, least + 500_000):
+        model = trained(slots=None, host_memory=budget)
+        optimizer, other, plain = pair(checkpoint, model, "adamw")
+        engine = model.moetier.training.engine
+        slots = [cache.host.slots for cache in (engine.weights, engine.gradients.cache, engine.applied.state)]
+        assert len(set(slots)) == 1 and (slots[0] == 1) == (budget == least)
+        assert model.moetier.plan.host_total_nbytes <= budget
+        assert loop(model, optimizer, range(1)) == loop(plain, other, range(1))
+        assert_same(model, plain)
