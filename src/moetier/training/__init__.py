@@ -1,0 +1,1 @@
+"""Training models whose experts do not fit in fast memory."""
