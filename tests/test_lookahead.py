@@ -98,6 +98,9 @@ def test_wrong_use() -> None:
         Lookahead(loader(), -1)
     with pytest.raises(ConfigError, match="together"):
         Lookahead(loader(), 1, hint)
+    other = Lookahead(DataLoader(Numbers(), batch_size=5, sampler=EnvironmentSampler(30, 4, "iid")))
+    with pytest.raises(ConfigError, match="batches of 5"):
+        next(iter(other))
     shuffled = Lookahead(DataLoader(Numbers(), batch_size=4, shuffle=True))
     assert len([*shuffled]) == 8
     for ask in (shuffled.state_dict, lambda: shuffled.load_state_dict({}), lambda: shuffled.set_epoch(1)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from moetier.access import ExpertKey
 from moetier.errors import ConfigError
+from moetier.training.samplers import EnvironmentSampler
 
 if TYPE_CHECKING:
     from moetier.cache import ExpertCache
@@ -110,8 +111,7 @@ class Lookahead:
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is: the sampler's state after the batches handed out. Raises `ConfigError` without one."""
-        state: dict[str, Any] = self._needed().state_at(self._epoch, self._handed)
-        return state
+        return self._needed().state_at(self._epoch, self._handed)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next `iter()` goes on behind the batch that was handed out last. Raises `ConfigError`."""
@@ -123,12 +123,21 @@ class Lookahead:
         """The next `iter()` gives this epoch."""
         self._needed().set_epoch(epoch)
 
-    def _sampler(self) -> Any:
+    def _sampler(self) -> EnvironmentSampler | None:
         """The sampler of samples below the loader, if it is one that can be resumed."""
-        sampler = getattr(getattr(self.loader, "batch_sampler", None), "sampler", None)
-        return sampler if hasattr(sampler, "state_at") else None
+        batches = getattr(self.loader, "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None)
+        if not isinstance(sampler, EnvironmentSampler):
+            return None
+        size = getattr(batches, "batch_size", None)
+        if size != sampler.ordering.batch_size:
+            raise ConfigError(
+                f"batch_size: the loader makes batches of {size}, but its sampler orders samples for batches of "
+                f"{sampler.ordering.batch_size}; give both the same"
+            )
+        return sampler
 
-    def _needed(self) -> Any:
+    def _needed(self) -> EnvironmentSampler:
         sampler = self._sampler()
         if sampler is None:
             raise ConfigError(
