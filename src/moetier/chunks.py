@@ -213,7 +213,7 @@ def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slice
     if not routing.tokens:
         return torch.zeros_like(hidden)
     edges = list(accumulate(routing.tokens, initial=0))
-    rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
+    rows = routing.rows(hidden)
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = down = rows.new_empty(0)
     with closing(slices):

@@ -44,13 +44,14 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def run(self, tasks: Iterable[Task]) -> None:
+    def run(self, tasks: Iterable[Task], first: Task | None = None) -> None:
         """Run all tasks, in any order and at once; return when all have ended. Raises the first error of one.
 
-        A caller that comes while another's tasks run does its own alone.
+        The caller does `first` before it takes part, while the others have begun. A caller that comes while another's
+        tasks run does its own alone.
         """
         if not self._busy.acquire(blocking=False):
-            for task in tasks:
+            for task in tasks if first is None else (first, *tasks):
                 task()
             return
         threads = torch.get_num_threads()
@@ -66,6 +67,8 @@ class Crew:
             for _ in range(called):
                 self._called += 1
                 self._wake.release()
+            if first is not None:
+                first()
             self._work()
             self._gather()
             if self._errors:

@@ -7,7 +7,7 @@ experts became ready in. Families differ only by the flags that `use_experts_imp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -60,15 +60,25 @@ class Routing:
     `index` and `weights` are [T, K]. Reading the expert ids, and with `with_mass` the gate weights in the same copy, is
     the one device-to-host transfer of a layer. `mass` is the sum of the gate weights of each expert's tokens, ascending
     by expert; empty without `with_mass`.
+
+    One token needs no sorting, as every expert has one row: there the rows keep the token's own order.
     """
 
     def __init__(self, index: torch.Tensor, weights: torch.Tensor, with_mass: bool = False):
         self.top_k = index.size(-1)
+        self.number: dict[int, int] = {}  # expert, ascending -> its place among those of the rows
+        self.tokens: tuple[int, ...] = ()  # rows of each of them; an expert's rows are neighbours
+        self.mass: tuple[float, ...] = ()
+        self.unsorted = index.numel() == self.top_k and index.device.type == "cpu" and self._take(index)
+        if self.unsorted:
+            self.order = torch.arange(self.top_k)
+            self.weights = weights.reshape(-1)
+            if with_mass:
+                gates = self.weights.detach().tolist()
+                self.mass = tuple(gates[number] for number in self.number.values())
+            return
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
-        self.number: dict[int, int] = {}  # expert -> which of the access's experts it is, ascending
-        self.tokens: tuple[int, ...] = ()  # rows of each of them; an expert's sorted rows are neighbours
-        self.mass: tuple[float, ...] = ()
         gates = None
         if not with_mass:
             experts = _read(sorted_experts).numpy()
@@ -85,11 +95,24 @@ class Routing:
                 mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
                 self.mass = tuple(mass.tolist())
 
+    def _take(self, index: torch.Tensor) -> bool:
+        """Number one token's experts as they stand; False if one of them stands there twice."""
+        experts = index.reshape(-1).tolist()
+        self.number = {expert: number for expert, number in sorted(zip(experts, range(len(experts)), strict=True))}
+        self.tokens = (1,) * len(experts)
+        return len(self.number) == len(experts)
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [S, H], S = T * K pairs: what each row of an expert computes on."""
+        return hidden.expand(self.top_k, -1) if self.unsorted else hidden[self.order // self.top_k]
+
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
-        summed = results[inverse].view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
+        if not self.unsorted:
+            inverse = torch.empty_like(self.order)
+            inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
+            results = results[inverse]
+        summed = results.view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
         return summed.to(hidden.dtype)
 
 
@@ -100,14 +123,15 @@ def forward_from_leases(
     batches: Iterable[Sequence[Lease]],
     crew: Crew | None = None,
     in_place: InPlace | None = None,
+    aside: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
     `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
-    where there may be any.
+    where there may be any. `aside` may be called by this thread while the others compute.
     """
-    rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
+    rows = routing.rows(hidden)
     math: _Math | None = None
     if crew is not None and max(routing.tokens, default=0) > MAX_ROWS:
         crew = None
@@ -124,7 +148,7 @@ def forward_from_leases(
                 math.compute(run)
         else:
             shares = _shares(runs, -(-len(batch) // (2 * crew.helpers + 2)))
-            crew.run([partial(math.compute, share) for share in shares])
+            crew.run([partial(math.compute, share) for share in shares], aside)
     down = None if math is None else math.down
     if in_place is not None:
         down = in_place.deliver(down)

@@ -80,7 +80,8 @@ class TieredExperts:
             return forward_in_slices(module, hidden, routing, self.cache.slices(access))
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small else None
-        return forward_from_leases(module, hidden, routing, self.cache.batches(access), crew, in_place)
+        batches = self.cache.batches(access, aside=crew is not None)
+        return forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
 
     @property
     def phase(self) -> Phase:
