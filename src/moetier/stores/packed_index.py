@@ -96,7 +96,7 @@ class PackedIndex:
     def save(self) -> None:
         """Write the index in one step, and make sure that it stays. Everything it names must be on the disk before."""
         body = self.as_dict()
-        text = _dumps(body | {"digest": digest(body)}) + "\n"
+        text = dumps(body | {"digest": digest(body)}) + "\n"
         write_durably(self.folder / INDEX, text.encode())
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class PackedIndex:
             "contents": {
                 name: {"bytes": item.nbytes, "checksum": item.checksum} for name, item in sorted(self.contents.items())
             },
-            "layouts": [_layout_as_dict(layout) for layout in kinds],
+            "layouts": [layout_as_dict(layout) for layout in kinds],
             "layers": [
                 {
                     "layout": kinds.index(layout),
@@ -163,7 +163,7 @@ class PackedIndex:
     def _parse(cls, folder: Path, raw: dict[str, Any]) -> PackedIndex:
         if raw["checksum"] != CHECKSUM or raw["page"] != PAGE:
             raise ValueError(f"checksum {raw['checksum']!r}, page {raw['page']!r}")
-        kinds = [_layout_from_dict(item) for item in raw["layouts"]]
+        kinds = [layout_from_dict(item) for item in raw["layouts"]]
         return cls(
             folder,
             str(raw["model"]),
@@ -171,10 +171,10 @@ class PackedIndex:
             str(raw["witness"]),
             str(raw["dtype"]),
             tuple(kinds[layer["layout"]] for layer in raw["layers"]),
-            tuple(tuple(Record(*map(_count, row)) for row in layer["records"]) for layer in raw["layers"]),
-            tuple((_name(item["name"]), _count(item["bytes"])) for item in raw["files"]),
+            tuple(tuple(Record(*map(whole_number, row)) for row in layer["records"]) for layer in raw["layers"]),
+            tuple((_name(item["name"]), whole_number(item["bytes"])) for item in raw["files"]),
             {
-                _name(name): Contents(_count(item["bytes"]), _count(item["checksum"]))
+                _name(name): Contents(whole_number(item["bytes"]), whole_number(item["checksum"]))
                 for name, item in raw["contents"].items()
             },
             str(raw["lossy"]),
@@ -234,7 +234,7 @@ def checksum(key: ExpertKey, region: memoryview) -> int:
 
 def digest(body: dict[str, Any]) -> str:
     """What tells a damaged index from a whole one."""
-    return hashlib.sha256(_dumps(body).encode()).hexdigest()
+    return hashlib.sha256(dumps(body).encode()).hexdigest()
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -265,7 +265,8 @@ def _no_store(folder: Path) -> str:
     return f"{folder}: not a packed store, {INDEX} is missing; make one with `moetier pack MODEL OUT`"
 
 
-def _layout_as_dict(layout: RecordLayout) -> dict[str, Any]:
+def layout_as_dict(layout: RecordLayout) -> dict[str, Any]:
+    """A layout as JSON takes it."""
     fields = [
         {
             "name": item.name,
@@ -279,25 +280,27 @@ def _layout_as_dict(layout: RecordLayout) -> dict[str, Any]:
     return {"bytes": layout.nbytes, "fields": fields}
 
 
-def _layout_from_dict(raw: dict[str, Any]) -> RecordLayout:
+def layout_from_dict(raw: dict[str, Any]) -> RecordLayout:
+    """What `layout_as_dict` gave. Raises ValueError, TypeError, KeyError or AttributeError for anything else."""
     fields = []
     end = 0
     for item in raw["fields"]:
         dtype = getattr(torch, str(item["dtype"]))
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"dtype {item['dtype']!r}")
-        shape = tuple(map(_count, item["shape"]))
-        offset, nbytes = _count(item["offset"]), _count(item["bytes"])
+        shape = tuple(map(whole_number, item["shape"]))
+        offset, nbytes = whole_number(item["offset"]), whole_number(item["bytes"])
         if offset < end or torch.Size(shape).numel() * dtype.itemsize != nbytes:
             raise ValueError(f"field {item['name']!r}")
         end = offset + nbytes
         fields.append(Field(str(item["name"]), dtype, shape, offset, nbytes))
-    if not fields or end != _count(raw["bytes"]):
+    if not fields or end != whole_number(raw["bytes"]):
         raise ValueError("layout")
     return RecordLayout(tuple(fields), end)
 
 
-def _count(value: Any) -> int:
+def whole_number(value: Any) -> int:
+    """The value, if it is an offset, a size or a number of things; else ValueError."""
     if type(value) is not int or not 0 <= value < 1 << 63:  # type(): a bool is an int to isinstance
         raise ValueError(f"{value!r} is no count")
     return value
@@ -315,5 +318,6 @@ def _name(value: Any) -> str:
     return str(value)
 
 
-def _dumps(value: Any) -> str:
+def dumps(value: Any) -> str:
+    """JSON that is the same for the same value."""
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
