@@ -56,11 +56,7 @@ def attach_cache(
     plan = plan_for(model, maps, options, device, top_k, kv, packed)
     if plan.status is Status.BUDGET_EXHAUSTED:
         raise CapacityError(plan.advice, minimum_slots=1)
-    store: CheckpointStore | PackedStore
-    if packed is not None:
-        store = PackedStore(packed, options.io)
-    else:
-        store = CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+    store = open_store(packed, shards, maps, options)
     cache: ExpertCache | SliceCache
     try:
         if plan.chunks is not None:
@@ -88,11 +84,7 @@ def attach_cache(
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
     tiered.calibration, tiered.crew = calibration, crew
-    for layer, (_, module) in enumerate(modules):
-        object.__setattr__(module, "_moetier", (tiered, layer))
-    object.__setattr__(model, "moetier", tiered)
-    model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
-    model.register_forward_hook(tiered.after_forward, always_call=True)
+    bind(model, modules, tiered)
     save_streaming(model, shards, maps)
     if options.levers.on:
         try:
@@ -100,6 +92,24 @@ def attach_cache(
         except BaseException:
             cache.close()
             raise
+
+
+def open_store(
+    packed: PackedIndex | None, shards: Shards, maps: list[LayerMap], options: Options
+) -> CheckpointStore | PackedStore:
+    """Home of the experts: the packed store, if there is one, else the checkpoint."""
+    if packed is not None:
+        return PackedStore(packed, options.io)
+    return CheckpointStore(shards, [m.layout for m in maps], [m.recipes for m in maps], options.io)
+
+
+def bind(model: Any, modules: list[tuple[str, Any]], tiered: TieredExperts) -> None:
+    """Tell the model and its experts modules where their experts are."""
+    for layer, (_, module) in enumerate(modules):
+        object.__setattr__(module, "_moetier", (tiered, layer))
+    object.__setattr__(model, "moetier", tiered)
+    model.register_forward_pre_hook(tiered.observe_forward, with_kwargs=True)
+    model.register_forward_hook(tiered.after_forward, always_call=True)
 
 
 def watch_uses(cache: ExpertCache | SliceCache, plan: Plan, options: Options, shards: Shards, name: str) -> None:
@@ -127,10 +137,19 @@ def plan_for(
     packed: PackedIndex | None = None,
 ) -> Plan:
     """The plan for a model whose experts are detached (its other weights may be on the meta device)."""
+    workload = workload_of(model, maps, options, top_k, kv, packed)
+    slots = None if options.slots is None else parse_slots(options.slots, workload.records)
+    return make_plan(workload, budgets(options, device), slots)
+
+
+def workload_of(
+    model: Any, maps: list[LayerMap], options: Options, top_k: int, kv: int, packed: PackedIndex | None = None
+) -> Workload:
+    """What a model needs whose experts are detached."""
     slot = packed.slot_nbytes if packed else slot_nbytes([m.layout for m in maps], [m.recipes for m in maps])
     records = sum(len(m.recipes) for m in maps)
     strided = any(m.is_transposed for m in maps)
-    workload = Workload(
+    return Workload(
         layers=len(maps),
         records=records,
         top_k=top_k,
@@ -143,8 +162,6 @@ def plan_for(
         slice_nbytes=slice_nbytes(maps, packed is not None),
         slices_reread=strided,
     )
-    slots = None if options.slots is None else parse_slots(options.slots, records)
-    return make_plan(workload, budgets(options, device), slots)
 
 
 def own_resident_weights(model: Any) -> None:

@@ -138,8 +138,8 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Tiered experts are frozen."""
-        return False
+        """Tiered experts are frozen, unless they are loaded to be trained."""
+        return self.options.train is not None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as an ordinary checkpoint."""
@@ -159,7 +159,12 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         own_resident_weights(model)
-        attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        if self.options.train is None:
+            attach_cache(model, self._modules, self._maps, self._shards, self.options, self._top_k, self._kv_nbytes)
+        else:
+            from moetier.training.attach import attach_training
+
+            attach_training(model, self._modules, self._maps, self._shards, self.options, self._top_k)
         told = model.moetier.oversubscribed(self._cores)
         if told is not None:
             warnings.warn(told, RuntimeWarning, stacklevel=2)

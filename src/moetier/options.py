@@ -11,7 +11,7 @@ from moetier.levers import Levers
 from moetier.misses import CPU_EXPERTS
 from moetier.plan import parse_size
 from moetier.policies import check_online, make_admission
-from moetier.prefetch_binding import AUTO, check_prefetch
+from moetier.prefetch_binding import AUTO, OFF, check_prefetch
 from moetier.profile import Profile
 from moetier.registry import find
 from moetier.stores.checkpoint import IOMode
@@ -34,6 +34,11 @@ class Options:
     off. With a GPU, `cpu_experts` says which missing experts the CPU computes where they are: off, auto (as measured at
     load), always; other than off, outputs depend on timing in their last bits (docs/gpu.md). `cache_prior`, `keep_top`,
     `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
+
+    `train` is the folder of a training run: a new one, or one to go on with, from its last checkpoint or from
+    `train_step` (docs/training.md). `slots` are then those of weights; `state_slots` and `gradient_slots` those of
+    optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
+    `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder.
     """
 
     device_memory: str | int | None = None
@@ -57,6 +62,12 @@ class Options:
     max_rank: int | None = None
     max_mass: float | None = None
     drop_misses: float = 0.0
+    train: str | None = None
+    train_step: int | None = None
+    state_slots: str | int | None = None
+    gradient_slots: str | int | None = None
+    keep: int = 2
+    writeback: str = "evict"
 
     @property
     def levers(self) -> Levers:
@@ -86,3 +97,23 @@ class Options:
         if self.profile is not None:
             Profile.load(self.profile)
         self.levers.check()
+        self._check_training()
+
+    def _check_training(self) -> None:
+        if self.train is None:
+            for name in ("train_step", "state_slots", "gradient_slots"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"{name}: only with train=RUN_FOLDER")
+            return
+        unused = {
+            "cpu_experts": self.cpu_experts != "off",
+            "prefetch": self.prefetch not in (AUTO, OFF),
+            "pin_after": self.pin_after is not None,
+            "profile": self.profile is not None,
+            "the lossy levers": self.levers.on,
+        }
+        for name, asked in unused.items():
+            if asked:
+                raise ConfigError(f"{name}: not while a model is trained; leave it out, or leave train out")
+        if self.keep < 1:
+            raise ConfigError(f"keep: at least 1 checkpoint must be kept, got {self.keep}")

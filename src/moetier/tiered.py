@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from moetier.profile import Profile
 from moetier.routing import Lever
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
+
+if TYPE_CHECKING:
+    from moetier.training.session import TrainingSession
 
 Watch = Callable[[int, torch.Tensor, torch.Tensor, Phase], None]  # layer, experts [T, K], gate weights [T, K], phase
 
@@ -48,6 +51,7 @@ class TieredExperts:
         self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
+        self.training: TrainingSession | None = None  # what trains the experts; None: they are as the checkpoint has them
         self._one_thread = OneThread()
         self._small = False  # the step that runs
         self._recorder = recorder
@@ -166,9 +170,17 @@ class TieredExperts:
             raise ConfigError("no profile was recorded; load the model with record_profile=True")
         return self.cache.profile
 
+    def commit(self, step: int | None = None, extra: Any = None, **parts: Any) -> int:
+        """Make a checkpoint of the training run; see `TrainingSession.commit` and docs/training.md."""
+        if self.training is None:
+            raise ConfigError("commit: the model was not loaded to be trained; load it with train=RUN_FOLDER")
+        return self.training.commit(step, extra, **parts)
+
     def close(self) -> None:
         """Stop the threads and close the files. The model cannot run afterwards."""
         self.cache.close()
+        if self.training is not None:
+            self.training.close()
         if self.crew is not None:
             self.crew.close()
 

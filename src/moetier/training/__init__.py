@@ -1,1 +1,1 @@
-"""Training models whose experts do not fit in fast memory."""
+"""Training models whose experts do not fit: gradients, optimizers and their state, record by record."""

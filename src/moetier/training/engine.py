@@ -1,0 +1,321 @@
+"""The training engine: joins the caches of weights, gradients and optimizer states of a model's experts.
+
+It collects gradients in backward, applies them at a step, and makes experts that were idle catch up before a forward
+uses them. What is due it asks the ledger, what an update does the record optimizer; this file moves records between
+them. It knows nothing of autograd, checkpoints or the rest of the model.
+
+Between a backward and its step the engine holds gradients, and only then. After an error in the middle of an update
+the weights in the caches are of two steps: the engine refuses everything from then on, and the way out is the last
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from moetier.access import Access, ExpertKey
+from moetier.cache import ExpertCache, Lease
+from moetier.errors import ConfigError, MoetierError
+from moetier.training.gradients import Fields, Gradients, field_norms
+from moetier.training.leases import together
+from moetier.training.ledger import MOST_OWED, Ledger
+from moetier.training.proxy import Proxy
+
+if TYPE_CHECKING:
+    from moetier.training.optimizers import Hyper, RecordOptimizer
+
+Scales = Sequence[torch.Tensor | float]
+Idle = Literal["dense", "skip"]
+When = Literal["step", "backward"]
+
+
+@dataclass
+class Applied:
+    """What is applied to the experts: how, with which states, and when."""
+
+    optimizer: RecordOptimizer
+    state: ExpertCache | None  # None: the optimizer has no state
+    idle: Idle = "dense"
+    when: When = "step"
+
+
+@dataclass
+class Records:
+    """Leases on an expert's records. `begun`: the state was made just now."""
+
+    weights: Lease
+    state: Lease | None
+    gradients: Lease | None
+    begun: bool = False
+
+    @property
+    def states(self) -> dict[str, torch.Tensor]:
+        """Fields of the state; none where the optimizer has none."""
+        return {} if self.state is None else self.state.fields
+
+    def keep(self, changed: bool) -> None:
+        """Whether the records were changed, and must be written home."""
+        self.weights.dirty = changed
+        if self.state is not None:
+            self.state.dirty = changed or self.begun
+
+
+class TrainingEngine:
+    """Trains the experts of one model, whose weights are in the cache `weights`: the sink of its backward.
+
+    `proxies` stand for the experts of each layer; `counts` are the experts of each.
+    """
+
+    def __init__(self, weights: ExpertCache, gradients: ExpertCache, proxies: Sequence[Proxy], counts: Sequence[int]):
+        self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
+        self.ledger: Ledger[Hyper] = Ledger(counts)
+        self.applied: Applied | None = None
+        self.upcoming: Callable[[], list[Hyper | None]] | None = None  # per layer, what its next step is made with
+        self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
+        self._begun: dict[int, Hyper] = {}  # layers whose step has begun during backward
+        self._at_once: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}  # by layer, norms of what was applied during backward
+        self._broken: BaseException | None = None
+
+    # -- forward -------------------------------------------------------------------------------------------------------
+
+    def trains(self, layer: int) -> bool:
+        """Whether the experts of a layer are trained."""
+        return self.proxies[layer].trains
+
+    def version(self, key: ExpertKey) -> int:
+        """Changes whenever the expert's weights do."""
+        return int(self.ledger.versions[key])
+
+    def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
+        """The leases of a forward, whose experts owe no step: those that do catch up first."""
+        self.check()
+        if self.owes:
+            raise ConfigError(
+                "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
+                "before the first forward"
+            )
+        if self.ledger.steps[access.layer]:
+            self.catch_up(access.layer, self.ledger.behind(access.layer, [key.expert for key in access.keys]))
+        return batches
+
+    def catch_up(self, layer: int, keys: Sequence[ExpertKey]) -> None:
+        """Do to these experts what the steps that they missed do to an expert without tokens."""
+        applied = self.applied
+        if not keys or applied is None:
+            return
+        ledger, optimizer = self.ledger, applied.optimizer
+        if applied.idle == "skip":
+            for key in keys:
+                ledger.caught_up(key, False)
+            return
+        owed = {key: ledger.owed(key) for key in keys}
+        due = []
+        for key in keys:
+            if any(optimizer.idles(hyper) for hyper in owed[key]):
+                due.append(key)
+            else:
+                ledger.caught_up(key, False)
+        try:
+            with torch.no_grad():
+                for key, records in self._records(layer, due):
+                    changed = optimizer.idle(records.weights.fields, records.states, owed[key])
+                    records.keep(changed)
+                    ledger.caught_up(key, changed)
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def catch_up_all(self) -> None:
+        """No expert owes a step afterwards."""
+        self.check()
+        for layer in range(len(self.proxies)):
+            self.catch_up(layer, self.ledger.behind(layer))
+
+    def anyone_owes(self) -> bool:
+        """Whether any expert owes a step."""
+        return any(self.ledger.behind(layer) for layer in range(len(self.proxies)))
+
+    # -- backward ------------------------------------------------------------------------------------------------------
+
+    def add(self, key: ExpertKey, gradients: Fields) -> None:
+        """An expert's gradient from one backward pass: summed up for the step, or applied at once.
+
+        Raises `ConfigError` where no optimizer is there to take it.
+        """
+        self.check()
+        if self.applied is None:
+            raise ConfigError(
+                "the experts of this model have gradients but no optimizer: make one (moetier.AdamW(model, lr=…)) "
+                "before the first backward, or freeze them (model.requires_grad_(False), or the parameter `proxy` of "
+                "a layer's experts)"
+            )
+        if self.applied.when == "step":
+            self.gradients.add(key, gradients)
+        else:
+            self._apply_at_once(key, gradients)
+
+    @contextmanager
+    def collect(self, access: Access) -> Iterator[Callable[[ExpertKey, Fields], None]]:
+        """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients."""
+        yield self.add
+        self.show(access.layer)
+
+    def show(self, layer: int) -> None:
+        """Make the norm of a layer's gradients so far the gradient of its proxy."""
+        norms = self.norms(layer)
+        self.proxies[layer].show(torch.linalg.vector_norm(torch.stack(norms)) if norms else None)
+
+    def norms(self, layer: int) -> list[torch.Tensor]:
+        """The 2-norms of the gradients of a layer's experts, by expert and field."""
+        at_once = self.applied is not None and self.applied.when == "backward"
+        held = (self._at_once if at_once else self.gradients.norms).get(layer, {})
+        return [norm for key in sorted(held) for norm in held[key]]
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are gradients that no step has taken."""
+        return bool(self.gradients.norms or self._at_once)
+
+    def clear(self) -> None:
+        """Forget all gradients that no step has taken. Raises `ConfigError` for such as were applied already."""
+        if self._at_once:
+            raise ConfigError(
+                "update='backward': the gradients of this backward are in the experts already, so they cannot be "
+                "dropped; call optimizer.step() after every backward, or use update='step'"
+            )
+        self.gradients.clear()
+        for proxy in self.proxies:
+            proxy.show(None)
+
+    # -- the step ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, hypers: Sequence[Hyper | None], scales: Sequence[Scales]) -> None:
+        """One optimizer step of all layers that have a gradient, whose gradients are multiplied by `scales` first.
+
+        `hypers` (None: no optimizer has the layer) and `scales` are per layer; a layer's scales are factors that are multiplied in one after the other.
+        """
+        self.check()
+        assert self.applied is not None
+        if self.applied.when == "backward":
+            self._close_step(scales)
+            return
+        try:
+            for layer, (hyper, scale) in enumerate(zip(hypers, scales, strict=True)):
+                keys = self.gradients.of_layer(layer)
+                if keys and hyper is not None:
+                    self._step_layer(layer, keys, hyper, scale)
+        except BaseException as error:
+            self._broken = error
+            raise
+        self.clear()
+
+    def _step_layer(self, layer: int, keys: list[ExpertKey], hyper: Hyper, scales: Scales) -> None:
+        self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+        self.ledger.begin(layer, hyper)
+        for key, records in self._records(layer, keys, self.gradients.cache):
+            assert records.gradients is not None
+            for total in records.gradients.fields.values():
+                for scale in scales:
+                    total.mul_(scale)
+            self._update(key, records, records.gradients.fields, hyper)
+        self.gradients.clear(layer)
+        self.ledger.forget(layer)
+
+    def _update(self, key: ExpertKey, records: Records, gradients: Fields, hyper: Hyper) -> None:
+        assert self.applied is not None
+        ledger = self.ledger
+        if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
+            hyper = hyper.at(int(ledger.updates[key]) + 1)
+        self.applied.optimizer.update(records.weights.fields, gradients, records.states, hyper)
+        ledger.updated(key)
+
+    # -- updates during backward ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _apply_at_once(self, key: ExpertKey, gradients: Fields) -> None:
+        assert self.upcoming is not None
+        layer = key.layer
+        norms = self._at_once.setdefault(layer, {})
+        if key in norms:
+            raise ConfigError(
+                "update='backward' takes one backward per step, and this is another one; use update='step' to "
+                "accumulate gradients"
+            )
+        norms[key] = field_norms(gradients)
+        try:
+            if layer not in self._begun:
+                self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+                hyper = self.upcoming()[layer]
+                assert hyper is not None
+                self._begun[layer] = hyper
+                self.ledger.begin(layer, hyper)
+            for _, records in self._records(layer, [key]):
+                self._update(key, records, gradients, self._begun[layer])
+        except BaseException as error:
+            self._broken = error
+            raise
+
+    def _close_step(self, scales: Sequence[Scales]) -> None:
+        if any(float(scale) != 1.0 for layer in scales for scale in layer):
+            self._broken = ConfigError(
+                "update='backward': the gradients were scaled or clipped after backward had applied them to the "
+                "experts; use update='step' with clipping, accumulation or loss scaling"
+            )
+            raise self._broken
+        for layer in self._begun:
+            self.ledger.forget(layer)
+        self._begun.clear()
+        self._at_once.clear()
+        self.clear()
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def _records(
+        self, layer: int, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None
+    ) -> Iterator[tuple[ExpertKey, Records]]:
+        """The records of every key, the state begun, marked as changed."""
+        if not keys:
+            return
+        assert self.applied is not None
+        state = self.applied.state
+        caches = [cache for cache in (state, self.weights, gradients) if cache is not None]
+        for leases in together(layer, keys, *caches):
+            left = list(leases)
+            own = left.pop(0) if state is not None else None
+            records = Records(left.pop(0), own, left.pop() if left else None)
+            records.keep(True)
+            key = records.weights.key
+            records.begun = not self.ledger.begun[key]
+            if records.begun:
+                self.applied.optimizer.begin(records.weights.fields, records.states)
+                self.ledger.begun[key] = True
+            yield key, records
+
+    def flush(self) -> None:
+        """Write everything changed home: weights and states. Raises `StoreError`."""
+        for cache in self._kept():
+            cache.flush()
+
+    def close(self) -> None:
+        """Stop what is the engine's own: the caches of gradients and states."""
+        self.gradients.cache.close()
+        if self.applied is not None and self.applied.state is not None:
+            self.applied.state.close()
+
+    def _kept(self) -> list[ExpertCache]:
+        state = None if self.applied is None else self.applied.state
+        return [self.weights] if state is None else [self.weights, state]
+
+    def check(self) -> None:
+        """Raise `MoetierError` where nothing more can be done with the experts in memory."""
+        if self._broken is not None:
+            raise MoetierError(
+                f"training stopped in the middle of an update ({self._broken}), so the experts in memory are of two "
+                "steps; load the model again with the same run folder, it goes on from the last checkpoint"
+            ) from self._broken

@@ -1,0 +1,61 @@
+"""Gradients of experts between backward and update: summed in records of a cache of their own.
+
+The norm of every sum is taken while it is at hand, so that a global norm needs no second pass over the gradients. Knows
+nothing of optimizers; what the records spill to is a scratch file, never part of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from moetier.access import ExpertKey
+from moetier.cache import ExpertCache
+from moetier.record import RecordLayout
+from moetier.training.leases import leased
+
+Fields = Mapping[str, torch.Tensor]
+
+
+def gradient_layout(weights: RecordLayout) -> RecordLayout:
+    """Accumulators for the fields of a record: in float32, or wider if the weights are."""
+    return RecordLayout.of([(f.name, torch.promote_types(f.dtype, torch.float32), f.shape) for f in weights.fields])
+
+
+class Gradients:
+    """Sums of gradients by expert. `norms[layer][key]` are the 2-norms of the fields of a sum, in their order."""
+
+    def __init__(self, cache: ExpertCache):
+        self.cache = cache
+        self.norms: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}
+
+    def add(self, key: ExpertKey, gradients: Fields) -> None:
+        """Add a gradient to the sum of an expert."""
+        norms = self.norms.setdefault(key.layer, {})
+        with leased(self.cache, key) as lease:
+            lease.dirty = True
+            for name, total in lease.fields.items():
+                if key in norms:
+                    total.add_(gradients[name])
+                else:  # whatever is there is of another step
+                    total.copy_(gradients[name])
+            norms[key] = field_norms(lease.fields)
+
+    def of_layer(self, layer: int) -> list[ExpertKey]:
+        """Experts of a layer that have a gradient, ascending."""
+        return sorted(self.norms.get(layer, ()))
+
+    def clear(self, layer: int | None = None) -> None:
+        """Forget the sums of a layer, or all."""
+        for one in list(self.norms) if layer is None else [layer]:
+            for key in self.norms.pop(one, {}):
+                self.forget(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        """The record of a sum is not needed any more."""
+
+
+def field_norms(fields: Fields) -> list[torch.Tensor]:
+    """The 2-norm of every field, as scalars."""
+    return [torch.linalg.vector_norm(field) for field in fields.values()]

@@ -1,0 +1,44 @@
+"""Leases for updates: one record at a time, or the same expert's records of several caches together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from moetier.access import Access, ExpertKey, Phase
+from moetier.cache import ExpertCache, Lease
+
+
+def access_of(layer: int, keys: Sequence[ExpertKey]) -> Access:
+    """An access of training to these records of a layer; the cache gives it its time."""
+    return Access(0, layer, tuple(keys), phase=Phase.PREFILL)
+
+
+@contextmanager
+def leased(cache: ExpertCache, key: ExpertKey) -> Iterator[Lease]:
+    """A lease on one record for the length of a block. Set its `dirty` as soon as the record is changed."""
+    stream = cache.stream(access_of(key.layer, (key,)))
+    try:
+        yield next(stream)
+        for _ in stream:  # gives the lease back
+            raise AssertionError("one key, one lease")
+    finally:
+        stream.close()  # type: ignore[attr-defined]
+
+
+def together(
+    layer: int, keys: Sequence[ExpertKey], first: ExpertCache, *others: ExpertCache
+) -> Iterator[tuple[Lease, ...]]:
+    """Leases on the records of every key in all of these caches, one key at a time, as they become ready in the first.
+
+    While one expert is computed, the others' records are loaded in the first cache, which should be the one with the
+    most bytes to move.
+    """
+    stream = first.stream(access_of(layer, keys))
+    try:
+        for lease in stream:
+            with ExitStack() as stack:
+                rest = [stack.enter_context(leased(cache, lease.key)) for cache in others]
+                yield (lease, *rest)
+    finally:
+        stream.close()  # type: ignore[attr-defined]

@@ -1,0 +1,283 @@
+"""Optimizers of a tiered model: torch's own for the parameters, the training engine for the experts, one step for both.
+
+They are subclasses of the optimizers of torch, with ordinary groups of parameters, so that schedulers, `GradScaler`,
+accelerate and the Trainer of transformers take them. A layer's experts belong to the group that its proxy is in
+(`proxy.py`), and follow that group's learning rate and decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moetier.errors import ConfigError
+from moetier.training.clip import clip_factor, global_norm
+from moetier.training.engine import Idle, TrainingEngine, When
+from moetier.training.optimizers import Hyper, RecordOptimizer, make_optimizer
+from moetier.training.optimizers.fields import HALF, MASTER
+from moetier.training.optimizers.adam import Adam as RecordAdam
+from moetier.training.optimizers.adam import AdamW as RecordAdamW
+from moetier.training.optimizers.sgd import SGD as RecordSGD
+from moetier.training.optimizers.sgd import Momentum as RecordMomentum
+
+if TYPE_CHECKING:
+    from moetier.training.session import TrainingSession
+
+
+class TieredOptimizer(torch.optim.Optimizer):
+    """What the optimizers of tiered models have in common. Not used by itself: it comes before one of torch's.
+
+    `grad_norm` is the global norm that the last step found, before clipping; None without `max_grad_norm`.
+    """
+
+    grad_norm: torch.Tensor | None
+    _session: TrainingSession
+    _max_grad_norm: float | None
+    _records: RecordOptimizer
+    _plain_step: Callable[..., Any]  # of torch's optimizer
+
+    def _bind(
+        self, session: TrainingSession, records: RecordOptimizer, max_grad_norm: float | None, idle: Idle, update: When
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ConfigError(f"max_grad_norm: must be positive, got {max_grad_norm}; leave it out not to clip")
+        if idle not in ("dense", "skip"):
+            raise ConfigError(f"idle: {idle!r} is unknown; choose dense or skip")
+        if update not in ("step", "backward"):
+            raise ConfigError(f"update: {update!r} is unknown; choose step or backward")
+        if update == "backward" and max_grad_norm is not None:
+            raise ConfigError(
+                "max_grad_norm: the global norm is known after backward, but update='backward' applies gradients "
+                "before; use update='step'"
+            )
+        self.grad_norm, self._session, self._max_grad_norm, self._records = None, session, max_grad_norm, records
+        self.hypers()  # raises now rather than at the first step
+        session.bind(self, records, idle, update)
+
+    @property
+    def _engine(self) -> TrainingEngine:
+        return self._session.engine
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the parameters and of the experts that have gradients; takes the experts' gradients away.
+
+        Raises `StoreError` where experts cannot be read or written; the last checkpoint stays as it is.
+        """
+        self._session.check_step()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        engine = self._engine
+        proxies = engine.proxies
+        scales: list[list[torch.Tensor | float]] = []
+        for proxy in proxies:
+            factor = proxy.factor()
+            scales.append([] if factor == 1.0 else [factor])
+        gradients = [p.grad for p in self._own_parameters() if p.grad is not None]
+        if self._max_grad_norm is not None:
+            norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
+            for layer, factors in enumerate(scales):
+                norms += [norm * factors[0] if factors else norm for norm in engine.norms(layer)]
+            self.grad_norm = global_norm(norms)
+            clip = clip_factor(self.grad_norm, self._max_grad_norm)
+            for gradient in gradients:
+                gradient.mul_(clip.to(gradient.device))
+            for factors in scales:
+                factors.append(clip)
+        hypers = self.hypers()
+        for proxy in proxies:  # its value means nothing, and torch shall not change it
+            proxy.weight.grad = None
+        self._step_resident()
+        engine.step(hypers, scales)
+        self._session.stepped()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those of the experts included."""
+        super().zero_grad(set_to_none)
+        self._engine.clear()
+
+    def resume(self, **parts: Any) -> dict[str, Any] | None:
+        """Go on where the run folder's last checkpoint was made: the optimizer's state, all random generators, and the
+        state of `parts` (a scheduler, a `GradScaler`, a sampler, …), named as `commit` was given them. Call it when
+        everything is made, before the first step.
+
+        Returns {"step": …, "extra": …}, with the `extra` of `commit`; None where the run has no checkpoint yet. Raises
+        `StoreError` for a checkpoint that is damaged, `ConfigError` for one that does not fit.
+        """
+        return self._session.resume(**parts)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the parameters; that of the experts is in the run folder. Masters keep their dtype."""
+        super().load_state_dict(state_dict)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, entries in state_dict["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, torch.Tensor) and name != "step":
+                    self.state[parameters[number]][name] = value.to(parameters[number].device, copy=True)
+
+    def hypers(self) -> list[Hyper | None]:
+        """Per layer, what its experts' next step is made with; None for those that the optimizer does not have."""
+        steps = self._engine.ledger.steps
+        start = self._records.settings
+        return [
+            None if group is None else Hyper(steps[layer] + 1, type(start).from_group({**start.group(), **group}))
+            for layer, group in enumerate(self._group_of_layer())
+        ]
+
+    def _step_resident(self) -> None:
+        """The step of torch's optimizer, on float32 copies of half-precision parameters."""
+        halves = [p for p in self._own_parameters() if p.grad is not None and p.dtype in HALF]
+        kept = []
+        for p in halves:
+            gradient = p.grad
+            assert gradient is not None
+            kept.append((p.data, gradient))
+            master = self.state[p].pop(MASTER, None) if p in self.state else None
+            p.grad = None
+            p.data = p.data.float() if master is None else master
+            p.grad = gradient.float()
+        try:
+            self._step_of_torch()
+        finally:
+            for p, (data, gradient) in zip(halves, kept, strict=True):
+                master = p.data
+                p.grad = None
+                p.data = data.copy_(master)
+                p.grad = gradient
+                self.state[p][MASTER] = master
+
+    def _step_of_torch(self) -> None:
+        step: Any = type(self)._plain_step
+        if getattr(step, "hooked", False):  # hooks of steps ran already, for this one
+            step = step.__wrapped__
+        step(self)
+
+    def _group_of_layer(self) -> list[dict[str, Any] | None]:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        found = []
+        for layer, proxy in enumerate(self._engine.proxies):
+            group = groups.get(id(proxy.weight))
+            if group is None and proxy.trains:
+                raise ConfigError(
+                    f"the experts of MoE layer {layer} are in no group of the optimizer; give it all of "
+                    "model.parameters() (a layer's experts are the parameter `proxy` of its experts module), or "
+                    "freeze them"
+                )
+            found.append(group)
+        return found
+
+    def _own_parameters(self) -> Iterable[torch.nn.Parameter]:
+        proxies = {id(proxy.weight) for proxy in self._engine.proxies}
+        return [p for group in self.param_groups for p in group["params"] if id(p) not in proxies]
+
+
+class AdamW(TieredOptimizer, torch.optim.AdamW):
+    """`torch.optim.AdamW` for a tiered model, experts included.
+
+    Args:
+        model: what `moetier.from_pretrained(path, train=…)` gave.
+        params: parameters or groups of them as torch takes them; by default all of the model's that are not frozen.
+        lr, betas, eps, weight_decay: as in torch. Each group's own, and a scheduler's, also hold for the experts whose
+            proxies are in it.
+        max_grad_norm: clip all gradients together to this norm in `step`.
+        idle: what a step does to experts that had no tokens: "dense" (what a gradient of zero does: they decay, their
+            momentum goes on) or "skip" (nothing, as torch treats parameters without a gradient).
+        update: when experts are updated: in "step", or in "backward" as soon as their gradient is there, which stores
+            no gradients but allows neither accumulation nor clipping.
+        experts: another optimizer for the experts, by name from `moetier.training.optimizers.OPTIMIZERS`.
+        **torch_options: further arguments of `torch.optim.AdamW` (fused, foreach), for the parameters.
+
+    Raises `ConfigError` for arguments that cannot be used, and for a model that was not loaded to be trained.
+    """
+
+    _plain_step = torch.optim.AdamW.step
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        params: Any = None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        max_grad_norm: float | None = None,
+        idle: Idle = "dense",
+        update: When = "step",
+        experts: str | RecordOptimizer | None = None,
+        **torch_options: Any,
+    ):
+        session = session_of(model)
+        super().__init__(
+            trained(model, params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **torch_options
+        )
+        own = RecordAdamW(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self._bind(session, chosen(experts, own), max_grad_norm, idle, update)
+
+
+class SGD(TieredOptimizer, torch.optim.SGD):
+    """`torch.optim.SGD` for a tiered model, experts included. For the arguments that are not torch's see `AdamW`."""
+
+    _plain_step = torch.optim.SGD.step
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        params: Any = None,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+        idle: Idle = "dense",
+        update: When = "step",
+        experts: str | RecordOptimizer | None = None,
+        **torch_options: Any,
+    ):
+        session = session_of(model)
+        super().__init__(
+            trained(model, params),
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            **torch_options,
+        )
+        own: RecordOptimizer
+        if momentum:
+            own = RecordMomentum(lr, momentum, dampening, nesterov, weight_decay)
+        else:
+            own = RecordSGD(lr, weight_decay)
+        self._bind(session, chosen(experts, own), max_grad_norm, idle, update)
+
+
+def session_of(model: torch.nn.Module) -> TrainingSession:
+    """The training of a model. Raises `ConfigError` where it was not loaded for it."""
+    tiered = getattr(model, "moetier", None)
+    session = getattr(tiered, "training", None)
+    if session is None:
+        raise ConfigError(
+            "this model was not loaded to be trained; load it with moetier.from_pretrained(path, train=RUN_FOLDER)"
+        )
+    found: TrainingSession = session
+    return found
+
+
+def trained(model: torch.nn.Module, params: Any) -> Any:
+    """The parameters to optimize: those given, else all that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad] if params is None else params
+
+
+def chosen(experts: str | RecordOptimizer | None, own: RecordOptimizer) -> RecordOptimizer:
+    """The experts' optimizer: `own` unless another was asked for."""
+    if experts is None:
+        return own
+    return make_optimizer(experts) if isinstance(experts, str) else experts

@@ -1,0 +1,69 @@
+"""Record optimizers, by name. A new one is one new file and one line in `OPTIMIZERS`.
+
+A record optimizer is arithmetic on the fields of one expert: its weights, its gradients, its state. It never sees
+slots, leases, stores or other experts, and keeps nothing between calls but constants; what it remembers is the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from moetier.record import RecordLayout
+from moetier.registry import build
+from moetier.training.optimizers.adam import Adam, AdamW
+from moetier.training.optimizers.fields import Fields
+from moetier.training.optimizers.settings import Hyper, Settings
+from moetier.training.optimizers.sgd import SGD, Momentum
+
+__all__ = ["OPTIMIZERS", "Fields", "Hyper", "RecordOptimizer", "Settings", "make_optimizer"]
+
+
+class RecordOptimizer(Protocol):
+    """What the training engine asks of an optimizer."""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that a torch parameter group starts from; `type(settings).from_group` reads a group back."""
+
+    def state_layout(self, weights: RecordLayout) -> RecordLayout | None:
+        """How the state of such experts lies in a record, or None where there is none.
+
+        Names are those of the weights with a part: `gate_up_proj.master`, `gate_up_proj.exp_avg`. A new state is all
+        zero bytes. Raises `ConfigError` naming a field that cannot be trained.
+        """
+
+    def begin(self, weights: Fields, state: Fields) -> None:
+        """Make a zeroed state ready before anything else is done with it: masters are copied from the weights."""
+
+    def update(self, weights: Fields, gradients: Fields, state: Fields, hyper: Hyper) -> None:
+        """One step of one expert, in place; `state` is empty where there is none. Gradients are only read."""
+
+    def idle(self, weights: Fields, state: Fields, missed: Sequence[Hyper]) -> bool:
+        """The steps that the expert missed, ascending, exactly as zero gradients would have made them.
+
+        Returns False only if no bit of weights or state was changed.
+        """
+
+    def idles(self, hyper: Hyper) -> bool:
+        """Whether a zero-gradient step with these settings can change anything at all, whatever the state."""
+
+
+OptimizerFactory = Callable[..., RecordOptimizer]
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adam": Adam,
+    "adamw": AdamW,
+    "momentum": Momentum,
+    "sgd": SGD,
+}
+
+
+def make_optimizer(text: str) -> RecordOptimizer:
+    """Build an optimizer by registry name, or a third party's by `"package.module:Class"`.
+
+    Parameters follow in parentheses: `"adamw(lr=1e-4, weight_decay=0.1)"`. Raises `ConfigError` for a name that is
+    neither, for parameters that the optimizer does not have, and for values that cannot be used.
+    """
+    optimizer: RecordOptimizer = build("optimizer", text, OPTIMIZERS)
+    return optimizer

@@ -1,0 +1,227 @@
+"""A model's training session, reachable as `model.moetier.training`: the run folder, the engine, commit and resume.
+
+It joins what a checkpoint is made of: the experts' records (which the run folder keeps), the resident weights, the
+optimizer, the random generators, the engine's books. Knows nothing of an update's arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moetier.arenas import HostArena
+from moetier.cache import ExpertCache
+from moetier.errors import CapacityError, ConfigError, StoreError
+from moetier.plan import format_size
+from moetier.residency import Residency
+from moetier.stores.runfolder import RunFolder
+from moetier.tiers import configure
+from moetier.training.engine import Applied, Idle, TrainingEngine, When
+from moetier.training.optimizers import Hyper, RecordOptimizer
+from moetier.training.snapshots import (
+    OPTIMIZER,
+    RANDOM,
+    RESIDENT,
+    check_json,
+    load_tensors,
+    optimizer_snapshot,
+    plain,
+    random_snapshot,
+    resident_tensors,
+    restore_optimizer,
+    restore_random,
+    restore_resident,
+    save_tensors,
+)
+
+if TYPE_CHECKING:
+    from moetier.training.optimizer import TieredOptimizer
+
+FORMAT = 1  # of what a checkpoint holds beside the records
+
+
+class TrainingSession:
+    """Trains one model into one run folder. `step` counts the optimizer's steps, those of earlier runs included."""
+
+    def __init__(
+        self,
+        model: Any,
+        run: RunFolder,
+        engine: TrainingEngine,
+        state_nbytes: int,
+        state_slots: int | None = None,
+        readers: int = 2,
+        writeback: str = "evict",
+    ):
+        self.model, self.run, self.engine = model, run, engine
+        self.step = 0
+        self._state_nbytes, self._state_slots, self._readers = state_nbytes, state_slots, readers
+        self._writeback = writeback
+        self._optimizer: TieredOptimizer | None = None
+        self._kind = ""
+        self._saved: dict[str, Any] | None = None
+        self._resumed = False
+        at = run.step
+        if at is not None:
+            self._saved = _checked(run.extra(at), run)
+            self.step = int(self._saved["step"])
+            path = run.attachment(at, RESIDENT)
+            restore_resident(model, load_tensors(path), path)
+        engine.owes = self._saved is not None and bool(self._saved["owes"])
+
+    # -- the optimizer -------------------------------------------------------------------------------------------------
+
+    def bind(self, optimizer: TieredOptimizer, records: RecordOptimizer, idle: Idle, update: When) -> None:
+        """Let an optimizer train the model: opens the records of its state, and allocates their slots."""
+        if self._optimizer is not None:
+            raise ConfigError("this model has an optimizer already; load the model again to train it with another")
+        kind = f"{type(records).__module__}:{type(records).__qualname__}, idle={idle}"
+        if self._saved is not None and self._saved["kind"] != kind:
+            raise ConfigError(
+                f"{self.run.folder}: the run was trained with {self._saved['kind']}, this optimizer is {kind}; "
+                "go on with the same, or begin a new run in another folder"
+            )
+        engine = self.engine
+        layouts = [engine.weights.store.layout(layer) for layer in range(engine.weights.store.layers)]
+        states = [records.state_layout(layout) for layout in layouts]
+        state = None
+        if any(layout is not None for layout in states):
+            made = [layout for layout in states if layout is not None]
+            if len(made) < len(states):
+                raise ConfigError("the optimizer has a state in some layers only")
+            store = self.run.family("state", made, experts=engine.ledger.counts)
+            state = small_cache(
+                store, self._slots_of_state(store.slot_nbytes), engine.ledger.counts, self._readers, self._writeback
+            )
+        if self._saved is not None:
+            engine.ledger.load(self._saved["ledger"], partial(_hyper, records))
+        engine.applied = Applied(records, state, idle, update)
+        engine.upcoming = optimizer.hypers
+        engine.owes = False
+        self._optimizer, self._kind = optimizer, kind
+
+    def _slots_of_state(self, slot_nbytes: int) -> int:
+        records = sum(self.engine.ledger.counts)
+        slots = self._state_slots or self._state_nbytes // slot_nbytes
+        if slots < 1:
+            raise CapacityError(
+                f"the optimizer's state of one expert takes {format_size(slot_nbytes)}, and "
+                f"{format_size(self._state_nbytes)} were set aside; give host_memory {format_size(slot_nbytes)} more"
+            )
+        return min(records, slots)
+
+    def stepped(self) -> None:
+        """The optimizer has made a step."""
+        self.step += 1
+
+    def check_step(self) -> None:
+        """Raise `ConfigError` for a step before the optimizer has its state back."""
+        if self._saved is not None and not self._resumed:
+            raise ConfigError(
+                f"{self.run.folder}: the run is at step {self.step}; call optimizer.resume() before the first step, "
+                "which gives the optimizer its state back"
+            )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def commit(self, step: int | None = None, extra: Any = None, **parts: Any) -> int:
+        """Make a checkpoint of everything as it is now; returns its step.
+
+        `parts` are objects with a `state_dict` that JSON can keep (a scheduler, a `GradScaler`, a sampler), to be given
+        to `resume` under the same names; `extra` is anything that JSON can keep. A checkpoint is complete or not there:
+        after an error the last one is what it was. Raises `StoreError` where it cannot be written, `ConfigError`
+        between a backward and its step.
+        """
+        optimizer = self._optimizer
+        if optimizer is None:
+            raise ConfigError("a checkpoint holds the optimizer's state: make the optimizer before the first commit")
+        self.check_step()
+        if self.engine.pending:
+            raise ConfigError(
+                "commit: there are gradients that no step has taken, and a checkpoint has no gradients; commit after "
+                "optimizer.step() or zero_grad()"
+            )
+        self.engine.check()
+        number = self.step if step is None else step
+        tensors, described = optimizer_snapshot(optimizer)
+        randoms, generators = random_snapshot()
+        saved = {
+            "format": FORMAT,
+            "step": self.step,
+            "kind": self._kind,
+            "ledger": self.engine.ledger.save(_plain_hyper),
+            "owes": self.engine.anyone_owes(),
+            "optimizer": described,
+            "random": generators,
+            "parts": {name: plain(part.state_dict(), name) for name, part in parts.items()},
+            "extra": check_json(extra, "extra"),
+        }
+        self.engine.flush()
+        attachments: dict[str, Callable[[Any], None]] = {
+            RESIDENT: partial(save_tensors, resident_tensors(self.model)),
+            OPTIMIZER: partial(save_tensors, tensors),
+            RANDOM: partial(save_tensors, randoms),
+        }
+        self.run.commit(number, saved, attachments)
+        return number
+
+    def resume(self, **parts: Any) -> dict[str, Any] | None:
+        """Give the optimizer, `parts` and the random generators the state of the checkpoint the run was opened at.
+
+        Returns {"step": …, "extra": …}; None where there is no checkpoint yet. Call it once, when all parts are made.
+        """
+        if self._optimizer is None:
+            raise ConfigError("make the optimizer before resume()")
+        if self._resumed:
+            raise ConfigError("resume() was called already; load the model again to go back to the checkpoint")
+        self._resumed = True
+        saved, at = self._saved, self.run.step
+        if saved is None or at is None:
+            return None
+        given = {name for name, part in parts.items() if part is not None}
+        if given != set(saved["parts"]):
+            raise ConfigError(
+                f"resume: the checkpoint was made with the parts {sorted(saved['parts'])}, given are {sorted(given)}; "
+                "give the same"
+            )
+        path = self.run.attachment(at, OPTIMIZER)
+        restore_optimizer(self._optimizer, load_tensors(path), saved["optimizer"], path)
+        for name in given:
+            parts[name].load_state_dict(saved["parts"][name])
+        restore_random(load_tensors(self.run.attachment(at, RANDOM)), saved["random"])
+        return {"step": self.step, "extra": saved["extra"]}
+
+    def close(self) -> None:
+        """Stop threads and close files; what was not committed is lost. The cache of weights is the model's."""
+        self.engine.close()
+        self.run.close()
+
+
+def small_cache(store: Any, slots: int, counts: Sequence[int], readers: int, writeback: str = "evict") -> ExpertCache:
+    """A cache in host memory, for the records that only updates need."""
+    config = configure(slots, sum(counts), len(counts), 1, "lru", "always")
+    core = Residency([config], len(counts), max(counts))
+    return ExpertCache(store, core, HostArena(slots, store.slot_nbytes), readers=readers)
+
+
+def _plain_hyper(hyper: Hyper) -> dict[str, Any]:
+    return {"step": hyper.step, **plain(asdict(hyper.settings), "settings")}
+
+
+def _hyper(records: RecordOptimizer, saved: dict[str, Any]) -> Hyper:
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "step"}
+    return Hyper(int(saved["step"]), type(records.settings)(**settings))
+
+
+def _checked(saved: Any, run: RunFolder) -> dict[str, Any]:
+    """What a checkpoint holds beside the records. Raises `StoreError` for anything else."""
+    names = {"format", "step", "kind", "ledger", "owes", "optimizer", "random", "parts", "extra"}
+    if not isinstance(saved, dict) or not names <= saved.keys():
+        raise StoreError(f"{run.folder}: step {run.step} is no checkpoint of training; give the folder of another run")
+    if saved["format"] != FORMAT:
+        raise StoreError(f"{run.folder}: the checkpoint has format {saved['format']}; this moetier reads {FORMAT}")
+    return saved

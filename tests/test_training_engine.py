@@ -1,0 +1,139 @@
+"""The training engine against ordinary parameters with torch's fused optimizers: the same bits, at any number of slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from memory_store import MemoryStore
+from moetier.access import Access, ExpertKey
+from moetier.errors import ConfigError, MoetierError, StoreError
+from moetier.record import RecordLayout
+from moetier.training.engine import Applied, TrainingEngine
+from moetier.training.gradients import gradient_layout
+from moetier.training.ledger import Ledger
+from moetier.training.optimizers import Hyper, make_optimizer
+from moetier.training.proxy import Proxy
+from moetier.training.session import small_cache
+
+LAYERS, EXPERTS, STEPS = 2, 6, 12
+KINDS = ["sgd", "sgd(weight_decay=0.1)", "momentum(weight_decay=0.01)", "adamw(weight_decay=0.1)", "adam"]
+
+
+def layout(dtype: torch.dtype) -> RecordLayout:
+    return RecordLayout.of([("gate_up_proj", dtype, (10, 7)), ("down_proj", dtype, (7, 5))])
+
+
+class Rig:
+    """An engine over stores in memory, and the same experts as parameters."""
+
+    def __init__(self, kind: str, slots: int, dtype: torch.dtype = torch.float32, when: Any = "step"):
+        self.optimizer = make_optimizer(kind)
+        layouts, counts = [layout(dtype)] * LAYERS, [EXPERTS] * LAYERS
+        self.store = MemoryStore(layouts, counts)
+        self.parameters: dict[ExpertKey, dict[str, torch.Tensor]] = {}
+        generator = torch.Generator().manual_seed(0)
+        for key, data in self.store.data.items():
+            views = layouts[0].views(torch.frombuffer(data, dtype=torch.uint8))
+            for view in views.values():
+                view.copy_(torch.randn(view.shape, generator=generator))
+            self.parameters[key] = {name: view.clone().requires_grad_() for name, view in views.items()}
+        gradients = MemoryStore([gradient_layout(each) for each in layouts], counts)
+        self.proxies = [Proxy() for _ in range(LAYERS)]
+        weights = small_cache(self.store, slots, counts, 1)
+        self.engine = TrainingEngine(weights, small_cache(gradients, slots, counts, 1), self.proxies, counts)
+        states = [self.optimizer.state_layout(each) for each in layouts]
+        state = None
+        if states[0] is not None:
+            state = small_cache(MemoryStore([each for each in states if each], counts), slots, counts, 1)
+        self.engine.applied = Applied(self.optimizer, state, "dense", when)
+
+    def backward(self, layer: int, experts: list[int], seed: int) -> None:
+        """Gradients for some experts of a layer, in the engine and in the parameters."""
+        generator = torch.Generator().manual_seed(seed)
+        keys = tuple(ExpertKey(layer, expert) for expert in experts)
+        access = Access(0, layer, keys)
+        list(self.engine.fresh(access, []))
+        with self.engine.collect(access) as add:
+            for key in keys:
+                made = {}
+                for name, parameter in self.parameters[key].items():
+                    made[name] = torch.randn(parameter.shape, generator=generator)
+                    if parameter.grad is None:
+                        parameter.grad = made[name].clone()
+                    else:
+                        parameter.grad += made[name]
+                add(key, made)
+
+    def weights(self) -> dict[ExpertKey, dict[str, torch.Tensor]]:
+        self.engine.catch_up_all()
+        found = {}
+        for layer in range(LAYERS):
+            keys = tuple(ExpertKey(layer, expert) for expert in range(EXPERTS))
+            for lease in self.engine.weights.stream(Access(0, layer, keys)):
+                found[lease.key] = {name: field.clone() for name, field in lease.fields.items()}
+        return found
+
+    def close(self) -> None:
+        self.engine.weights.close()
+        self.engine.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def make(*args: Any, **kwargs: Any) -> Rig:
+        made.append(Rig(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def of_torch(kind: str, parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
+    settings = make_optimizer(kind).settings.group() | {"lr": lr}
+    name = kind.partition("(")[0]
+    classes: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    made: torch.optim.Optimizer = classes.get(name, torch.optim.SGD)(parameters, fused=True, **settings)
+    return made
+
+
+def hypers(rig: Rig, lr: float) -> list[Hyper]:
+    settings = type(rig.optimizer.settings)(**rig.optimizer.settings.group() | {"lr": lr})
+    return [Hyper(step + 1, settings) for step in rig.engine.ledger.steps]
+
+
+def experts_of(step: int, layer: int) -> list[int]:
+    """A few of the layer's experts; the last one never, the one before only in the beginning."""
+    generator = torch.Generator().manual_seed(100 * step + layer)
+    drawn = set(torch.randperm(EXPERTS - 2, generator=generator)[:2].tolist())
+    return sorted(drawn | ({EXPERTS - 2} if step < 2 else set()))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 12])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_those_of_torch_with_zero_gradients_for_the_idle(rig: Any, kind: str, slots: int) -> None:
+    mine = rig(kind, slots)
+    every = [p for fields in mine.parameters.values() for p in fields.values()]
+    theirs = of_torch(kind, every, 0.1)
+    for step in range(STEPS):
+        lr = 0.1 / (step + 1)
+        theirs.param_groups[0]["lr"] = lr
+        for part in range(1 + step % 2):  # micro-batches
+            for layer in reversed(range(LAYERS)):
+                mine.backward(layer, experts_of(step + part, layer), step * 10 + part)
+        for parameter in every:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        theirs.step()
+        theirs.zero_grad()
+        mine.engine.step(hypers(mine, lr), [()] * LAYERS)
+        assert not mine.engine.pending
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
