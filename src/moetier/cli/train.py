@@ -6,7 +6,8 @@ The JSON (`--json`) is what `moetier.training.synthetic_run.train` reports, vers
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Train models whose experts do not fit in memory.", no_args_is_help=True)
 
 _TASK, _MODEL, _DATA, _LOOP = "Task", "Model", "Order of the data", "Training"
-_MEMORY, _OUT = "Memory and files", "Output"
+_MEMORY, _RUN, _OUT = "Experts and memory", "Run folder", "Output"
 
 
 def _number(help: str, panel: str, least: int = 1) -> Any:
@@ -107,9 +108,7 @@ def synthetic(
     ] = "evict",
     prefetch: Annotated[
         bool,
-        typer.Option(
-            "--prefetch/--no-prefetch", help="Load the next batches' experts ahead.", rich_help_panel=_MEMORY
-        ),
+        typer.Option("--prefetch/--no-prefetch", help="Load the next batches' experts ahead.", rich_help_panel=_MEMORY),
     ] = True,
     lookahead: Annotated[int, _number("Batches known ahead, beside the next.", _MEMORY, 0)] = 1,
     readers: o.Readers = o.READERS,
@@ -118,15 +117,15 @@ def synthetic(
         typer.Option(
             metavar="DIR",
             help="Folder of the run, which stays. Default: a temporary one.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=_RUN,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --run.", rich_help_panel=_MEMORY)
+        bool, typer.Option("--resume", help="Go on with the run in --run.", rich_help_panel=_RUN)
     ] = False,
     commit_every: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Steps between checkpoints; one more at the end.", rich_help_panel=_MEMORY),
+        typer.Option(metavar="N", min=1, help="Steps between checkpoints; one more at the end.", rich_help_panel=_RUN),
     ] = None,
     in_memory: Annotated[
         bool,
@@ -136,7 +135,7 @@ def synthetic(
     json_file: Annotated[
         str | None, typer.Option("--json", metavar="FILE", help="Write everything here.", rich_help_panel=_OUT)
     ] = None,
-    quiet: o.Quiet = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.", rich_help_panel=_OUT)] = False,
 ) -> None:
     """Train a Mixture of Experts on environments with a teacher each: what locality of data does to training.
 
@@ -202,3 +201,67 @@ def synthetic(
     show(report, Console(stderr=True, quiet=quiet, highlight=False))
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=2) + "\n", "--json")
+
+
+@contextmanager
+def _line(console: Console, steps: int) -> Iterator[Callable[[Step, Trained], None]]:
+    """A line that follows the run, while a terminal looks on: loss and rates are means of the last steps."""
+    columns = (
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    recent: deque[Step] = deque(maxlen=20)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=steps, said="")
+
+        def tell(step: Step, trained: Trained) -> None:
+            recent.append(step)
+            progress.update(task, completed=step.number, said=said_of(recent))
+
+        yield tell
+
+
+def said_of(recent: Sequence[Step]) -> str:
+    """Some steps in one line."""
+    count = len(recent)
+    seconds, loss, read, written, hits, uses = (
+        sum(getattr(step, name) for step in recent)
+        for name in ("seconds", "loss", "read_bytes", "written_bytes", "hits", "uses")
+    )
+    said = [f"loss {loss / count:.4f}", f"{1e3 * seconds / count:.1f} ms a step"]
+    if uses:
+        said.append(f"hits {100 * hits / uses:.0f} %")
+        said.append(f"read {format_size(read / count)}, written {format_size(written / count)} a step")
+    return " · ".join(said)
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The table at the end."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, justify="right")
+    table.add_column()
+    loss, each, settings = report["loss"], report["per_step"], report["settings"]
+    count = len(report["steps"]["loss"])
+    shown = f"mean of the last {loss['shown']} steps; {loss['first']:.4f} in the first {loss['shown']}"
+    table.add_row("loss", f"{loss['last']:.4f}", shown)
+    table.add_row(
+        "step", f"{1e3 * each['median_seconds']:.1f} ms", f"median of {count}; mean {1e3 * each['seconds']:.1f} ms"
+    )
+    total = settings["layers"] * settings["n_experts"]
+    table.add_row("experts used", f"{each['experts']:.1f}", f"a step, of {total}; sampler {settings['sampler']}")
+    for name, stats in report["caches"].items():
+        for number, tier in enumerate(stats["tiers"]):
+            hits, lates, misses = (sum(tier[kind]) for kind in ("hits", "lates", "misses"))
+            which = f", tier {number}" if len(stats["tiers"]) > 1 else ""
+            said = (
+                f"{tier['slots']} slots; {hits} hits, {lates} late, {misses} misses, {tier['write_backs']} written back"
+            )
+            table.add_row(f"{name}{which}", f"{100 * tier['hit_rate']:.1f} %", said)
+    if report["caches"]:
+        table.add_row("read", format_size(each["read_bytes"]), "a step, from the run folder and the scratch file")
+        table.add_row("written", format_size(each["written_bytes"]), "a step")
+    table.add_row("in all", f"{report['seconds']['train']:.2f} s", f"after {report['seconds']['make']:.2f} s of making")
+    console.print(table)

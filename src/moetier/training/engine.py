@@ -78,7 +78,9 @@ class TrainingEngine:
         self.upcoming: Callable[[], list[Hyper | None]] | None = None  # per layer, what its next step is made with
         self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
         self._begun: dict[int, Hyper] = {}  # layers whose step has begun during backward
-        self._at_once: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}  # by layer, norms of what was applied during backward
+        self._at_once: dict[
+            int, dict[ExpertKey, list[torch.Tensor]]
+        ] = {}  # by layer, norms of what was applied during backward
         self._broken: BaseException | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------------

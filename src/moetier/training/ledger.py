@@ -96,7 +96,9 @@ class Ledger(Generic[H]):
             raise StoreError(f"the checkpoint's books of steps are damaged: {error}") from error
         shape = self.done.shape
         if any(table.shape != shape for table in tables.values()) or len(steps) != shape[0] or len(history) != shape[0]:
-            raise StoreError(f"the checkpoint's books of steps are not those of {shape[0]} layers of {shape[1]} experts")
+            raise StoreError(
+                f"the checkpoint's books of steps are not those of {shape[0]} layers of {shape[1]} experts"
+            )
         self.steps, self._history = list(steps), history
         self.done, self.updates = tables["done"], tables["updates"]
         self.begun = tables["begun"].astype(np.bool_)

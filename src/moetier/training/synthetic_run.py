@@ -26,6 +26,8 @@ REPORT_VERSION = 1
 SHOWN = 10  # steps that the first and the last loss are means of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMS = ("sgd", "momentum", "adamw")
+IDLES = ("dense", "skip")
+MOVED = ("read_bytes", "written_bytes", "hits", "uses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Settings:
     lr: float = 3e-3
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
+    idle: str = "dense"  # what a step does to experts without tokens: dense or skip
     seed: int = 0
 
     def teachers(self) -> Teachers:
@@ -76,7 +79,8 @@ class Settings:
         for name in ("n_experts", "n_envs", "steps", "batch_size", "expert_width", "episode_len", "envs_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        for name, known in (("sampler", tuple(ORDERS)), ("optim", OPTIMS), ("dtype", tuple(DTYPES))):
+        choices = {"sampler": tuple(ORDERS), "optim": OPTIMS, "dtype": tuple(DTYPES), "idle": IDLES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
         if self.sampler == "episode" and self.envs_per_batch > self.n_envs:
@@ -104,7 +108,9 @@ class Trained(Protocol):
         """Who is told of the experts of the next batches."""
 
     def counters(self) -> dict[str, Any]:
-        """Cumulative: `read_bytes` and `written_bytes` from and to home, and `caches` by name."""
+        """Cumulative: `read_bytes` and `written_bytes` from and to home, of all records; `hits` and `uses` of weights
+        in the first tier; and `caches`, by name, what `ExpertCache.stats` says.
+        """
 
     def begin(self, loader: Lookahead) -> None:
         """All is made: go on where the run stopped, if there was one."""
@@ -118,14 +124,16 @@ class Trained(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a step was; bytes are from and to home, by all kinds of records, and of the wall clock's seconds."""
+    """What a step was. Bytes are from and to home, of all kinds of records."""
 
     number: int
     loss: float
-    seconds: float
-    experts: int  # distinct ones that the batch uses
+    seconds: float  # by the clock on the wall, the wait for the batch included
+    experts: int  # distinct ones that the batch uses, over all layers
     read_bytes: int
     written_bytes: int
+    hits: int  # of the weights' uses, those that found them in the first tier
+    uses: int
 
 
 Tell = Callable[[Step, Trained], None]
@@ -138,6 +146,8 @@ class InMemory:
     prefetches = None
 
     def __init__(self, settings: Settings):
+        if settings.idle != "dense":
+            raise ConfigError("idle: in memory, torch updates all experts in every step; skip is for tiered ones")
         self.model = SyntheticModel(settings.config()).reset().to(DTYPES[settings.dtype])
         self.optimizer = plain_optimizer(settings, self.model)
         self._max_norm = settings.max_grad_norm
@@ -150,7 +160,7 @@ class InMemory:
 
     def counters(self) -> dict[str, Any]:
         """Nothing is read or written."""
-        return {"read_bytes": 0, "written_bytes": 0, "caches": {}}
+        return {**dict.fromkeys(MOVED, 0), "caches": {}}
 
     def begin(self, loader: Lookahead) -> None:
         """Every run begins anew."""
@@ -234,9 +244,9 @@ def _steps(settings: Settings, trained: Trained, loader: Lookahead) -> Iterator[
             if not math.isfinite(value):
                 raise MoetierError(f"the loss of step {number} is {value}; try a lower learning rate")
             after = trained.counters()
-            read, written = (after[name] - before[name] for name in ("read_bytes", "written_bytes"))
+            moved = [after[name] - before[name] for name in MOVED]
             before = after
-            yield Step(number, value, seconds, experts, read, written)
+            yield Step(number, value, seconds, experts, *moved)
             if number == settings.steps:
                 return
             begin = time.perf_counter()
@@ -249,24 +259,24 @@ def _report(
 
     version, settings   of this format; of the run
     loss                first, last: means over `shown` steps at the beginning and at the end of this run
-    steps               lists, one entry a step: number, loss, seconds, experts, read_bytes, written_bytes
-    per_step            means of experts, read_bytes, written_bytes; median and mean seconds
+    steps               lists, one entry a step: number, loss and what else `Step` has
+    per_step            the means of these; and median_seconds
     caches              by name (weights, state, gradients): what `ExpertCache.stats` says, and hit rates by tier
     seconds             make (model, data, files), train
     """
     columns = {name: [getattr(step, name) for step in steps] for name in Step.__dataclass_fields__}
     losses = columns["loss"]
     shown = min(SHOWN, len(losses))
-    means = {name: statistics.fmean(columns[name]) if steps else 0.0 for name in list(columns)[2:]}
+    means = {name: statistics.fmean(columns[name]) for name in list(columns)[2:]}
     return {
         "version": REPORT_VERSION,
         "settings": asdict(settings),
         "loss": {
-            "first": statistics.fmean(losses[:shown]) if steps else None,
-            "last": statistics.fmean(losses[-shown:]) if steps else None,
+            "first": statistics.fmean(losses[:shown]),
+            "last": statistics.fmean(losses[-shown:]),
             "shown": shown,
         },
-        "per_step": {**means, "median_seconds": statistics.median(columns["seconds"]) if steps else 0.0},
+        "per_step": {**means, "median_seconds": statistics.median(columns["seconds"])},
         "caches": {name: with_hit_rates(stats) for name, stats in counters["caches"].items()},
         "seconds": seconds,
         "steps": columns,
