@@ -1,4 +1,4 @@
-"""The training engine against ordinary parameters with torch's fused optimizers: the same bits, at any number of slots."""
+"""The training engine against ordinary parameters and torch's fused optimizers: the same bits at any size."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ import torch
 
 from memory_store import MemoryStore
 from moetier.access import Access, ExpertKey
-from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.record import RecordLayout
+from moetier.training.caches import small_cache
 from moetier.training.engine import Applied, TrainingEngine
 from moetier.training.gradients import gradient_layout
-from moetier.training.ledger import Ledger
-from moetier.training.optimizers import Hyper, make_optimizer
+from moetier.training.optimizers import make_optimizer
 from moetier.training.proxy import Proxy
-from moetier.training.session import small_cache
 
 LAYERS, EXPERTS, STEPS = 2, 6, 12
 KINDS = ["sgd", "sgd(weight_decay=0.1)", "momentum(weight_decay=0.01)", "adamw(weight_decay=0.1)", "adam"]
@@ -49,6 +47,7 @@ class Rig:
         state = None
         if states[0] is not None:
             state = small_cache(MemoryStore([each for each in states if each], counts), slots, counts, 1)
+        self.engine.ledger.train_with(type(self.optimizer.settings))
         self.engine.applied = Applied(self.optimizer, state, "dense", when)
 
     def backward(self, layer: int, experts: list[int], seed: int) -> None:
@@ -96,16 +95,20 @@ def rig() -> Iterator[Any]:
 
 
 def of_torch(kind: str, parameters: list[torch.Tensor], lr: float) -> torch.optim.Optimizer:
-    settings = make_optimizer(kind).settings.group() | {"lr": lr}
+    group = make_optimizer(kind).settings.group() | {"lr": lr}
     name = kind.partition("(")[0]
     classes: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    made: torch.optim.Optimizer = classes.get(name, torch.optim.SGD)(parameters, fused=True, **settings)
+    made: torch.optim.Optimizer = classes.get(name, torch.optim.SGD)(parameters, fused=True, **group)
     return made
 
 
-def hypers(rig: Rig, lr: float) -> list[Hyper]:
-    settings = type(rig.optimizer.settings)(**rig.optimizer.settings.group() | {"lr": lr})
-    return [Hyper(step + 1, settings) for step in rig.engine.ledger.steps]
+def settings(rig: Rig, lr: float) -> list[Any]:
+    own = rig.optimizer.settings
+    return [type(own)(**own.group() | {"lr": lr})] * LAYERS
+
+
+def unscaled(key: ExpertKey, square: float) -> float:
+    return 1.0
 
 
 def experts_of(step: int, layer: int) -> list[int]:
@@ -132,7 +135,7 @@ def test_steps_are_those_of_torch_with_zero_gradients_for_the_idle(rig: Any, kin
                 parameter.grad = torch.zeros_like(parameter)
         theirs.step()
         theirs.zero_grad()
-        mine.engine.step(hypers(mine, lr), [()] * LAYERS)
+        mine.engine.step(settings(mine, lr), unscaled)
         assert not mine.engine.pending
     for key, fields in mine.weights().items():
         for name, field in fields.items():

@@ -51,7 +51,7 @@ class TieredExperts:
         self.lever: Lever | None = None  # what may bend the routing; None: outputs are the model's own
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
-        self.training: TrainingSession | None = None  # what trains the experts; None: they are as the checkpoint has them
+        self.training: TrainingSession | None = None  # None: experts are as the checkpoint has them
         self._one_thread = OneThread()
         self._small = False  # the step that runs
         self._recorder = recorder

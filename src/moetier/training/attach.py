@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,20 +18,20 @@ from moetier.plan import make_plan
 from moetier.record import PAGE, RecordLayout, round_up
 from moetier.residency import Residency
 from moetier.stores.opening import find_packed
-from moetier.stores.packed_sources import LayerSources, sources_of
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
 from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
 from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
+from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
 from moetier.training.export import save_trained
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers import AdamW
 from moetier.training.optimizers.fields import HALF
 from moetier.training.proxy import give_proxies
-from moetier.training.session import TrainingSession, small_cache
+from moetier.training.session import TrainingSession
 
 
 def attach_training(

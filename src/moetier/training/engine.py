@@ -11,25 +11,24 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
 from moetier.access import Access, ExpertKey
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError, MoetierError
-from moetier.training.gradients import Fields, Gradients, field_norms
+from moetier.training.gradients import Fields, Gradients
 from moetier.training.leases import together
 from moetier.training.ledger import MOST_OWED, Ledger
+from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
+from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
 from moetier.training.proxy import Proxy
 
-if TYPE_CHECKING:
-    from moetier.training.optimizers import Hyper, RecordOptimizer
-
-Scales = Sequence[torch.Tensor | float]
+Scale = Callable[[ExpertKey, float], float]
 Idle = Literal["dense", "skip"]
 When = Literal["step", "backward"]
 
@@ -73,14 +72,13 @@ class TrainingEngine:
 
     def __init__(self, weights: ExpertCache, gradients: ExpertCache, proxies: Sequence[Proxy], counts: Sequence[int]):
         self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
-        self.ledger: Ledger[Hyper] = Ledger(counts)
+        self.ledger: Ledger = Ledger(counts)
         self.applied: Applied | None = None
-        self.upcoming: Callable[[], list[Hyper | None]] | None = None  # per layer, what its next step is made with
+        # what updates during backward are made with: settings by layer, and scales
+        self.upcoming: Callable[[], tuple[Sequence[Settings | None], Scale]] | None = None
         self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
-        self._begun: dict[int, Hyper] = {}  # layers whose step has begun during backward
-        self._at_once: dict[
-            int, dict[ExpertKey, list[torch.Tensor]]
-        ] = {}  # by layer, norms of what was applied during backward
+        self._begun: dict[int, tuple[Hyper, Scale]] = {}  # layers whose step has begun during backward
+        self._at_once: dict[int, dict[ExpertKey, float]] = {}  # squared norms, by layer, of what is applied
         self._broken: BaseException | None = None
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -101,7 +99,7 @@ class TrainingEngine:
                 "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
                 "before the first forward"
             )
-        if self.ledger.steps[access.layer]:
+        if self.ledger.steps(access.layer):
             self.catch_up(access.layer, self.ledger.behind(access.layer, [key.expert for key in access.keys]))
         return batches
 
@@ -169,19 +167,18 @@ class TrainingEngine:
 
     def show(self, layer: int) -> None:
         """Make the norm of a layer's gradients so far the gradient of its proxy."""
-        norms = self.norms(layer)
-        self.proxies[layer].show(torch.linalg.vector_norm(torch.stack(norms)) if norms else None)
+        squares = self.squares(layer)
+        self.proxies[layer].show(norm_of(squares.values()) if squares else None)
 
-    def norms(self, layer: int) -> list[torch.Tensor]:
-        """The 2-norms of the gradients of a layer's experts, by expert and field."""
+    def squares(self, layer: int) -> Mapping[ExpertKey, float]:
+        """The squared 2-norms of the gradients of a layer's experts."""
         at_once = self.applied is not None and self.applied.when == "backward"
-        held = (self._at_once if at_once else self.gradients.norms).get(layer, {})
-        return [norm for key in sorted(held) for norm in held[key]]
+        return (self._at_once if at_once else self.gradients.squares).get(layer, {})
 
     @property
     def pending(self) -> bool:
         """Whether there are gradients that no step has taken."""
-        return bool(self.gradients.norms or self._at_once)
+        return bool(self.gradients.squares or self._at_once)
 
     def clear(self) -> None:
         """Forget all gradients that no step has taken. Raises `ConfigError` for such as were applied already."""
@@ -197,35 +194,31 @@ class TrainingEngine:
     # -- the step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, hypers: Sequence[Hyper | None], scales: Sequence[Scales]) -> None:
-        """One optimizer step of all layers that have a gradient, whose gradients are multiplied by `scales` first.
+    def step(self, settings: Sequence[Settings | None], scale: Scale) -> None:
+        """One optimizer step of all layers that have a gradient.
 
-        `hypers` (None: no optimizer has the layer) and `scales` are per layer; a layer's scales are factors that are multiplied in one after the other.
+        `settings` (None: no optimizer has the layer) are per layer; `scale(key, squared norm)` is what an expert's
+        gradient is multiplied by first.
         """
         self.check()
-        assert self.applied is not None
-        if self.applied.when == "backward":
-            self._close_step(scales)
-            return
         try:
-            for layer, (hyper, scale) in enumerate(zip(hypers, scales, strict=True)):
-                keys = self.gradients.of_layer(layer)
-                if keys and hyper is not None:
-                    self._step_layer(layer, keys, hyper, scale)
+            for layer, own in enumerate(settings):
+                if own is not None and layer in self.gradients.squares:
+                    self._step_layer(layer, own, scale)
         except BaseException as error:
             self._broken = error
             raise
         self.clear()
 
-    def _step_layer(self, layer: int, keys: list[ExpertKey], hyper: Hyper, scales: Scales) -> None:
+    def _step_layer(self, layer: int, settings: Settings, scale: Scale) -> None:
+        squares = self.gradients.squares[layer]
         self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
-        self.ledger.begin(layer, hyper)
-        for key, records in self._records(layer, keys, self.gradients.cache):
+        hyper = self.ledger.begin(layer, settings)
+        for key, records in self._records(layer, sorted(squares), self.gradients.cache):
             assert records.gradients is not None
-            for total in records.gradients.fields.values():
-                for scale in scales:
-                    total.mul_(scale)
-            self._update(key, records, records.gradients.fields, hyper)
+            fields = records.gradients.fields
+            scale_(fields.values(), scale(key, squares[key]))
+            self._update(key, records, fields, hyper)
         self.gradients.clear(layer)
         self.ledger.forget(layer)
 
@@ -243,33 +236,40 @@ class TrainingEngine:
     def _apply_at_once(self, key: ExpertKey, gradients: Fields) -> None:
         assert self.upcoming is not None
         layer = key.layer
-        norms = self._at_once.setdefault(layer, {})
-        if key in norms:
+        squares = self._at_once.setdefault(layer, {})
+        if key in squares:
             raise ConfigError(
                 "update='backward' takes one backward per step, and this is another one; use update='step' to "
                 "accumulate gradients"
             )
-        norms[key] = field_norms(gradients)
+        squares[key] = squared_norm(gradients.values())
         try:
             if layer not in self._begun:
                 self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
-                hyper = self.upcoming()[layer]
-                assert hyper is not None
-                self._begun[layer] = hyper
-                self.ledger.begin(layer, hyper)
+                settings, scale = self.upcoming()
+                own = settings[layer]
+                assert own is not None
+                self._begun[layer] = (self.ledger.begin(layer, own), scale)
+            hyper, scale = self._begun[layer]
+            scale_(gradients.values(), scale(key, squares[key]))
             for _, records in self._records(layer, [key]):
-                self._update(key, records, gradients, self._begun[layer])
+                self._update(key, records, gradients, hyper)
         except BaseException as error:
             self._broken = error
             raise
 
-    def _close_step(self, scales: Sequence[Scales]) -> None:
-        if any(float(scale) != 1.0 for layer in scales for scale in layer):
+    def check_factors(self, factors: Sequence[float]) -> None:
+        """Raise `ConfigError` if gradients were scaled that are in the experts already."""
+        if any(factor != 1.0 for factor in factors):
             self._broken = ConfigError(
                 "update='backward': the gradients were scaled or clipped after backward had applied them to the "
-                "experts; use update='step' with clipping, accumulation or loss scaling"
+                "experts; use update='step' with accumulation, loss scaling and clipping by the global norm"
             )
             raise self._broken
+
+    def close_step(self) -> None:
+        """The end of a step whose updates were made during backward."""
+        self.check()
         for layer in self._begun:
             self.ledger.forget(layer)
         self._begun.clear()

@@ -14,6 +14,7 @@ from moetier.access import ExpertKey
 from moetier.cache import ExpertCache
 from moetier.record import RecordLayout
 from moetier.training.leases import leased
+from moetier.training.optimizers.clipping import squared_norm
 
 Fields = Mapping[str, torch.Tensor]
 
@@ -24,38 +25,33 @@ def gradient_layout(weights: RecordLayout) -> RecordLayout:
 
 
 class Gradients:
-    """Sums of gradients by expert. `norms[layer][key]` are the 2-norms of the fields of a sum, in their order."""
+    """Sums of gradients by expert. `squares[layer][key]` is the squared 2-norm of a sum."""
 
     def __init__(self, cache: ExpertCache):
         self.cache = cache
-        self.norms: dict[int, dict[ExpertKey, list[torch.Tensor]]] = {}
+        self.squares: dict[int, dict[ExpertKey, float]] = {}
 
     def add(self, key: ExpertKey, gradients: Fields) -> None:
         """Add a gradient to the sum of an expert."""
-        norms = self.norms.setdefault(key.layer, {})
+        squares = self.squares.setdefault(key.layer, {})
         with leased(self.cache, key) as lease:
             lease.dirty = True
             for name, total in lease.fields.items():
-                if key in norms:
+                if key in squares:
                     total.add_(gradients[name])
                 else:  # whatever is there is of another step
                     total.copy_(gradients[name])
-            norms[key] = field_norms(lease.fields)
+            squares[key] = squared_norm(lease.fields.values())
 
     def of_layer(self, layer: int) -> list[ExpertKey]:
         """Experts of a layer that have a gradient, ascending."""
-        return sorted(self.norms.get(layer, ()))
+        return sorted(self.squares.get(layer, ()))
 
     def clear(self, layer: int | None = None) -> None:
         """Forget the sums of a layer, or all."""
-        for one in list(self.norms) if layer is None else [layer]:
-            for key in self.norms.pop(one, {}):
+        for one in list(self.squares) if layer is None else [layer]:
+            for key in self.squares.pop(one, {}):
                 self.forget(key)
 
     def forget(self, key: ExpertKey) -> None:
         """The record of a sum is not needed any more."""
-
-
-def field_norms(fields: Fields) -> list[torch.Tensor]:
-    """The 2-norm of every field, as scalars."""
-    return [torch.linalg.vector_norm(field) for field in fields.values()]

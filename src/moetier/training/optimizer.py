@@ -7,18 +7,28 @@ accelerate and the Trainer of transformers take them. A layer's experts belong t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from moetier.access import ExpertKey
 from moetier.errors import ConfigError
-from moetier.training.clip import clip_factor, global_norm
-from moetier.training.engine import Idle, TrainingEngine, When
-from moetier.training.optimizers import Hyper, RecordOptimizer, make_optimizer
-from moetier.training.optimizers.fields import HALF, MASTER
-from moetier.training.optimizers.adam import Adam as RecordAdam
+from moetier.training.engine import Idle, Scale, TrainingEngine, When
+from moetier.training.optimizers import RecordOptimizer, Settings, make_optimizer
 from moetier.training.optimizers.adam import AdamW as RecordAdamW
+from moetier.training.optimizers.clipping import (
+    Clip,
+    check_clipping,
+    coefficient,
+    group_max_norm,
+    norm_of,
+    scale_,
+    squared_norm,
+)
+from moetier.training.optimizers.fields import HALF, MASTER
 from moetier.training.optimizers.sgd import SGD as RecordSGD
 from moetier.training.optimizers.sgd import Momentum as RecordMomentum
 
@@ -32,28 +42,36 @@ class TieredOptimizer(torch.optim.Optimizer):
     `grad_norm` is the global norm that the last step found, before clipping; None without `max_grad_norm`.
     """
 
-    grad_norm: torch.Tensor | None
+    grad_norm: float | None
     _session: TrainingSession
     _max_grad_norm: float | None
+    _clip: Clip
+    _update: When
     _records: RecordOptimizer
     _plain_step: Callable[..., Any]  # of torch's optimizer
 
     def _bind(
-        self, session: TrainingSession, records: RecordOptimizer, max_grad_norm: float | None, idle: Idle, update: When
+        self,
+        session: TrainingSession,
+        records: RecordOptimizer,
+        max_grad_norm: float | None,
+        clip: Clip,
+        idle: Idle,
+        update: When,
     ) -> None:
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ConfigError(f"max_grad_norm: must be positive, got {max_grad_norm}; leave it out not to clip")
-        if idle not in ("dense", "skip"):
+        check_clipping(clip, max_grad_norm)
+        if idle not in get_args(Idle):
             raise ConfigError(f"idle: {idle!r} is unknown; choose dense or skip")
-        if update not in ("step", "backward"):
+        if update not in get_args(When):
             raise ConfigError(f"update: {update!r} is unknown; choose step or backward")
-        if update == "backward" and max_grad_norm is not None:
+        if update == "backward" and max_grad_norm is not None and clip == "global":
             raise ConfigError(
                 "max_grad_norm: the global norm is known after backward, but update='backward' applies gradients "
-                "before; use update='step'"
+                "before; use update='step', or clip='per-expert'"
             )
-        self.grad_norm, self._session, self._max_grad_norm, self._records = None, session, max_grad_norm, records
-        self.hypers()  # raises now rather than at the first step
+        self.grad_norm, self._session, self._records = None, session, records
+        self._max_grad_norm, self._clip, self._update = max_grad_norm, clip, update
+        self._settings()  # raises now rather than at the first step
         session.bind(self, records, idle, update)
 
     @property
@@ -72,29 +90,65 @@ class TieredOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        proxies = engine.proxies
-        scales: list[list[torch.Tensor | float]] = []
-        for proxy in proxies:
-            factor = proxy.factor()
-            scales.append([] if factor == 1.0 else [factor])
-        gradients = [p.grad for p in self._own_parameters() if p.grad is not None]
-        if self._max_grad_norm is not None:
-            norms = [torch.linalg.vector_norm(gradient) for gradient in gradients]
-            for layer, factors in enumerate(scales):
-                norms += [norm * factors[0] if factors else norm for norm in engine.norms(layer)]
-            self.grad_norm = global_norm(norms)
-            clip = clip_factor(self.grad_norm, self._max_grad_norm)
-            for gradient in gradients:
-                gradient.mul_(clip.to(gradient.device))
-            for factors in scales:
-                factors.append(clip)
-        hypers = self.hypers()
-        for proxy in proxies:  # its value means nothing, and torch shall not change it
+        factors = [proxy.factor() for proxy in engine.proxies]
+        at_once = self._update == "backward"
+        if at_once:
+            engine.check_factors(factors)
+        scale = self._clipped(factors)
+        settings = self._settings()
+        for proxy in engine.proxies:  # torch's optimizer passes over what has no gradient
             proxy.weight.grad = None
         self._step_resident()
-        engine.step(hypers, scales)
+        if at_once:
+            engine.close_step()
+        else:
+            engine.step(settings, scale)
         self._session.stepped()
         return loss
+
+    def upcoming(self) -> tuple[list[Settings | None], Scale]:
+        """What updates during backward are made with: settings by layer, and what multiplies gradients."""
+        limit = None if self._max_grad_norm is None else self._limits()
+        return self._settings(), partial(_scaled, [1.0] * len(self._engine.proxies), 1.0, limit)
+
+    def _clipped(self, factors: list[float]) -> Scale:
+        """Clip the parameters' gradients; what multiplies those of the experts, with what was done to their proxies."""
+        if self._max_grad_norm is None:
+            return partial(_scaled, factors, 1.0, None)
+        gradients = [p.grad for p in self._own_parameters() if p.grad is not None]
+        resident = [squared_norm([gradient]) for gradient in gradients]
+        squares = list(resident)
+        for layer, factor in enumerate(factors):
+            squares += [square * factor * factor for square in self._engine.squares(layer).values()]
+        self.grad_norm = norm_of(squares)
+        if self._clip == "global":
+            clip = coefficient(self.grad_norm, self._max_grad_norm)
+            scale_(gradients, clip)
+            return partial(_scaled, factors, clip, None)
+        limits = self._limits()
+        scale_(gradients, coefficient(norm_of(resident), limits[-1]))
+        return partial(_scaled, factors, 1.0, limits)
+
+    def _limits(self) -> list[float]:
+        """The share of the maximal norm that one expert of each layer has; at the end, that of the parameters."""
+        assert self._max_grad_norm is not None
+        engine = self._engine
+        store, counts = engine.weights.store, engine.ledger.counts
+        sizes = [
+            sum(torch.Size(field.shape).numel() for field in store.layout(layer).fields) for layer in range(len(counts))
+        ]
+        resident = sum(p.numel() for p in self._own_parameters())
+        total = resident + sum(
+            size * count for size, count, proxy in zip(sizes, counts, engine.proxies, strict=True) if proxy.trains
+        )
+        return [group_max_norm(self._max_grad_norm, elements, total) for elements in (*sizes, resident)]
+
+    def _settings(self) -> list[Settings | None]:
+        start = self._records.settings
+        return [
+            None if group is None else type(start).from_group({**start.group(), **group})
+            for group in self._group_of_layer()
+        ]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those of the experts included."""
@@ -119,15 +173,6 @@ class TieredOptimizer(torch.optim.Optimizer):
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor) and name != "step":
                     self.state[parameters[number]][name] = value.to(parameters[number].device, copy=True)
-
-    def hypers(self) -> list[Hyper | None]:
-        """Per layer, what its experts' next step is made with; None for those that the optimizer does not have."""
-        steps = self._engine.ledger.steps
-        start = self._records.settings
-        return [
-            None if group is None else Hyper(steps[layer] + 1, type(start).from_group({**start.group(), **group}))
-            for layer, group in enumerate(self._group_of_layer())
-        ]
 
     def _step_resident(self) -> None:
         """The step of torch's optimizer, on float32 copies of half-precision parameters."""
@@ -184,11 +229,13 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
         params: parameters or groups of them as torch takes them; by default all of the model's that are not frozen.
         lr, betas, eps, weight_decay: as in torch. Each group's own, and a scheduler's, also hold for the experts whose
             proxies are in it.
-        max_grad_norm: clip all gradients together to this norm in `step`.
+        max_grad_norm: clip gradients to this norm, all of them together.
+        clip: "global" (by the exact norm of all gradients) or "per-expert" (each expert, and the parameters, to their
+            share of `max_grad_norm` by size: needs no norm of all).
         idle: what a step does to experts that had no tokens: "dense" (what a gradient of zero does: they decay, their
             momentum goes on) or "skip" (nothing, as torch treats parameters without a gradient).
         update: when experts are updated: in "step", or in "backward" as soon as their gradient is there, which stores
-            no gradients but allows neither accumulation nor clipping.
+            no gradients, but allows neither accumulation nor clipping by the global norm.
         experts: another optimizer for the experts, by name from `moetier.training.optimizers.OPTIMIZERS`.
         **torch_options: further arguments of `torch.optim.AdamW` (fused, foreach), for the parameters.
 
@@ -207,6 +254,7 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
         weight_decay: float = 1e-2,
         *,
         max_grad_norm: float | None = None,
+        clip: Clip = "global",
         idle: Idle = "dense",
         update: When = "step",
         experts: str | RecordOptimizer | None = None,
@@ -217,7 +265,7 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
             trained(model, params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **torch_options
         )
         own = RecordAdamW(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
-        self._bind(session, chosen(experts, own), max_grad_norm, idle, update)
+        self._bind(session, chosen(experts, own), max_grad_norm, clip, idle, update)
 
 
 class SGD(TieredOptimizer, torch.optim.SGD):
@@ -236,6 +284,7 @@ class SGD(TieredOptimizer, torch.optim.SGD):
         nesterov: bool = False,
         *,
         max_grad_norm: float | None = None,
+        clip: Clip = "global",
         idle: Idle = "dense",
         update: When = "step",
         experts: str | RecordOptimizer | None = None,
@@ -256,7 +305,7 @@ class SGD(TieredOptimizer, torch.optim.SGD):
             own = RecordMomentum(lr, momentum, dampening, nesterov, weight_decay)
         else:
             own = RecordSGD(lr, weight_decay)
-        self._bind(session, chosen(experts, own), max_grad_norm, idle, update)
+        self._bind(session, chosen(experts, own), max_grad_norm, clip, idle, update)
 
 
 def session_of(model: torch.nn.Module) -> TrainingSession:
@@ -281,3 +330,11 @@ def chosen(experts: str | RecordOptimizer | None, own: RecordOptimizer) -> Recor
     if experts is None:
         return own
     return make_optimizer(experts) if isinstance(experts, str) else experts
+
+
+def _scaled(factors: list[float], clip: float, limits: list[float] | None, key: ExpertKey, square: float) -> float:
+    """What an expert's gradient with this squared norm is multiplied by."""
+    factor = factors[key.layer]
+    if limits is not None:
+        return factor * coefficient(math.sqrt(square) * factor, limits[key.layer])
+    return factor * clip

@@ -15,6 +15,7 @@ Knows nothing of caches and records.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ class Proxy(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self._norm: torch.Tensor | None = None
+        self._norm: float | None = None
 
     @property
     def trains(self) -> bool:
@@ -43,10 +44,10 @@ class Proxy(torch.nn.Module):
         """Whether there is a gradient for the experts of this layer."""
         return self.weight.grad is not None and self._norm is not None
 
-    def show(self, norm: torch.Tensor | None) -> None:
-        """Make `norm` (a scalar; None: there is no gradient) the proxy's gradient."""
+    def show(self, norm: float | None) -> None:
+        """Make `norm` (None: there is no gradient) the proxy's gradient."""
         self._norm = norm
-        self.weight.grad = None if norm is None else norm.to(self.weight).reshape(())
+        self.weight.grad = None if norm is None else torch.full_like(self.weight, norm)
 
     def factor(self) -> float:
         """What was done to the gradient since it was shown: 1 if nothing was.
@@ -55,8 +56,8 @@ class Proxy(torch.nn.Module):
         """
         if self._norm is None or self.weight.grad is None:
             return 1.0
-        shown, now = self._norm.to(self.weight).item(), self.weight.grad.item()
-        if shown == now or shown != shown:
+        shown, now = torch.full_like(self.weight, self._norm).item(), self.weight.grad.item()
+        if shown == now or math.isnan(shown):
             return 1.0
         if shown == 0:
             raise ConfigError(

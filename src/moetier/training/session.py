@@ -6,22 +6,16 @@ optimizer, the random generators, the engine's books. Knows nothing of an update
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from moetier.arenas import HostArena
-from moetier.cache import ExpertCache
 from moetier.errors import CapacityError, ConfigError, StoreError
 from moetier.plan import format_size
-from moetier.residency import Residency
 from moetier.stores.runfolder import RunFolder
-from moetier.tiers import configure
+from moetier.training.caches import small_cache
 from moetier.training.engine import Applied, Idle, TrainingEngine, When
-from moetier.training.optimizers import Hyper, RecordOptimizer
+from moetier.training.optimizers import RecordOptimizer
 from moetier.training.snapshots import (
     OPTIMIZER,
     RANDOM,
@@ -97,10 +91,11 @@ class TrainingSession:
             state = small_cache(
                 store, self._slots_of_state(store.slot_nbytes), engine.ledger.counts, self._readers, self._writeback
             )
+        engine.ledger.train_with(type(records.settings))
         if self._saved is not None:
-            engine.ledger.load(self._saved["ledger"], partial(_hyper, records))
+            engine.ledger.load(self._saved["ledger"], type(records.settings))
         engine.applied = Applied(records, state, idle, update)
-        engine.upcoming = optimizer.hypers
+        engine.upcoming = optimizer.upcoming
         engine.owes = False
         self._optimizer, self._kind = optimizer, kind
 
@@ -153,7 +148,7 @@ class TrainingSession:
             "format": FORMAT,
             "step": self.step,
             "kind": self._kind,
-            "ledger": self.engine.ledger.save(_plain_hyper),
+            "ledger": self.engine.ledger.save(),
             "owes": self.engine.anyone_owes(),
             "optimizer": described,
             "random": generators,
@@ -199,22 +194,6 @@ class TrainingSession:
         """Stop threads and close files; what was not committed is lost. The cache of weights is the model's."""
         self.engine.close()
         self.run.close()
-
-
-def small_cache(store: Any, slots: int, counts: Sequence[int], readers: int, writeback: str = "evict") -> ExpertCache:
-    """A cache in host memory, for the records that only updates need."""
-    config = configure(slots, sum(counts), len(counts), 1, "lru", "always")
-    core = Residency([config], len(counts), max(counts))
-    return ExpertCache(store, core, HostArena(slots, store.slot_nbytes), readers=readers)
-
-
-def _plain_hyper(hyper: Hyper) -> dict[str, Any]:
-    return {"step": hyper.step, **plain(asdict(hyper.settings), "settings")}
-
-
-def _hyper(records: RecordOptimizer, saved: dict[str, Any]) -> Hyper:
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name != "step"}
-    return Hyper(int(saved["step"]), type(records.settings)(**settings))
 
 
 def _checked(saved: Any, run: RunFolder) -> dict[str, Any]:
