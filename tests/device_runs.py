@@ -105,7 +105,7 @@ class ChangingRun:
             keys = tuple(
                 ExpertKey(layer, expert) for expert in sorted(self.draw.sample(range(EXPERTS), self.draw.randint(1, 5)))
             )
-            for batch in self.cache.batches(Access(time, layer, keys, (1,) * len(keys))):
+            for batch in self.cache.batches(Access(time, layer, keys, (1,) * len(keys), writes=True)):
                 each()
                 for lease in batch:
                     self._use(lease)

@@ -145,7 +145,7 @@ def test_a_write_that_fails_loses_nothing(two_tiers: bool, tmp_path: Path, monke
 
     monkeypatch.setattr(store, "write", write)
     with changing_cache(store, 2, two_tiers) as cache:
-        for lease in cache.stream(Access(1, 0, (ExpertKey(0, 0), ExpertKey(0, 1)))):
+        for lease in cache.stream(Access(1, 0, (ExpertKey(0, 0), ExpertKey(0, 1)), writes=True)):
             store.pattern.fill(lease.fields[FIELD], lease.key, 1)
             lease.dirty = True
         broken.set()
@@ -166,7 +166,7 @@ def test_closing_finishes_what_was_ordered(two_tiers: bool, tmp_path: Path) -> N
     store = SyntheticStore(tmp_path, 1, 8, PAGE)
     with changing_cache(store, 2, two_tiers) as cache:
         for expert in range(8):
-            for lease in cache.stream(Access(1 + expert, 0, (ExpertKey(0, expert),))):
+            for lease in cache.stream(Access(1 + expert, 0, (ExpertKey(0, expert),), writes=True)):
                 store.pattern.fill(lease.fields[FIELD], lease.key, 7)
                 lease.dirty = True
     versions = SyntheticStore(tmp_path, 1, 8, PAGE).versions
@@ -176,7 +176,7 @@ def test_closing_finishes_what_was_ordered(two_tiers: bool, tmp_path: Path) -> N
 def test_a_change_counts_when_the_stream_is_left(tmp_path: Path) -> None:
     store = SyntheticStore(tmp_path, 1, 4, PAGE)
     with changing_cache(store, 1, False) as cache:
-        for lease in cache.stream(Access(1, 0, (ExpertKey(0, 0),))):
+        for lease in cache.stream(Access(1, 0, (ExpertKey(0, 0),), writes=True)):
             store.pattern.fill(lease.fields[FIELD], lease.key, 1)
             lease.dirty = True
             break

@@ -55,7 +55,7 @@ def serve(cache: ExpertCache, random: Random, accesses: int, dirty: bool = False
         experts = sorted(random.sample(range(EXPERTS), random.randint(1, 3)))
         phase = random.choice(list(Phase))
         keys = tuple(ExpertKey(layer, expert) for expert in experts)
-        for lease in cache.stream(Access(number + 1, layer, keys, phase=phase)):
+        for lease in cache.stream(Access(number + 1, layer, keys, phase=phase, writes=dirty)):
             words = lease.fields[FIELD]
             assert store.pattern.matches(words, lease.key, store.versions[lease.key])
             if dirty and random.random() < 0.2:

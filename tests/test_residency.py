@@ -28,7 +28,7 @@ class Bench:
     def __call__(self, layer: int, *experts: int, phase: Phase = Phase.DECODE) -> Ticket:
         self.time += 1
         keys = tuple(ExpertKey(layer, expert) for expert in experts)
-        ticket = self.core.acquire(Access(self.time, layer, keys, phase=phase))
+        ticket = self.core.acquire(Access(self.time, layer, keys, phase=phase, writes=True))
         self.core.check()
         return ticket
 

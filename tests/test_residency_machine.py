@@ -23,12 +23,13 @@ from moetier.eventlog import Recorder, replay
 from moetier.misses import Miss
 from moetier.policies import ADMISSIONS
 from moetier.residency import Residency
-from moetier.tiers import Copy, Place, State, Ticket, TierConfig
+from moetier.tiers import HOMEWARD, Copy, Kind, Place, State, Ticket, TierConfig
 from prepared import ONLINE
 
 LAYERS, EXPERTS = 3, 4
 KEYS = [ExpertKey(layer, expert) for layer in range(LAYERS) for expert in range(EXPERTS)]
 GARBAGE = None
+WRITE_BACK = ["evict", "writethrough", "periodic(every=3)", "periodic(share=0.3)"]
 
 Content = tuple[ExpertKey, int] | None
 
@@ -69,7 +70,9 @@ class Memory:
     def end(self, copy_id: int, ok: bool) -> None:
         copy, content = self.flights.pop(copy_id)
         unchanged = self.read(copy.source, copy.key) == content
-        assert unchanged or copy_id in self.torn, f"the source of {copy} changed under it"
+        assert unchanged or (copy_id in self.torn and copy.kind not in HOMEWARD), (
+            f"the source of {copy} changed under it"
+        )
         if ok and copy_id not in self.torn:
             self.write(copy.target, copy.key, content)
         self.core.completed(copy_id, ok)
@@ -98,17 +101,20 @@ class AtWhim:
 class Run:
     """A core, its memory, and several users; the calls below are what happens to them."""
 
-    def __init__(self, tiers: list[TierConfig], in_place: bool = False):
+    def __init__(
+        self, tiers: list[TierConfig], in_place: bool = False, writeback: str = "evict", limit: int | None = None
+    ):
         misses = AtWhim() if in_place and len(tiers) > 1 else None
-        self.core = Recorder(Residency(tiers, LAYERS, EXPERTS, misses))
+        self.core = Recorder(Residency(tiers, LAYERS, EXPERTS, misses, writeback, limit))
         self.memory = Memory(self.core)
         self.time = 0
         self.live: list[Ticket] = []
         self.held: list[tuple[Ticket, ExpertKey]] = []  # popped from ready, not released
 
-    def acquire(self, layer: int, experts: Iterable[int], phase: Phase) -> None:
+    def acquire(self, layer: int, experts: Iterable[int], phase: Phase, writes: bool = True) -> None:
         self.time += 1
-        access = Access(self.time, layer, tuple(ExpertKey(layer, expert) for expert in sorted(experts)), phase=phase)
+        keys = tuple(ExpertKey(layer, expert) for expert in sorted(experts))
+        access = Access(self.time, layer, keys, phase=phase, writes=writes)
         needed_here = {key for key in access.keys if key in self.core.residents()}
         ticket = self.core.acquire(access)
         assert needed_here <= ticket.leased, "a resident that the access needs was not leased"
@@ -124,6 +130,7 @@ class Run:
         ticket, key = self.held.pop(index)
         self.memory.use(key, ticket)
         dirty = dirty and all(other != key for _, other in self.held)  # two users must not both change a record
+        dirty = dirty and ticket.access.writes
         if dirty:
             self.memory.update(key, ticket)
         self.core.release(ticket, key, dirty)
@@ -154,6 +161,22 @@ class Run:
             if random.random() < 0.7:
                 del self.memory.flights[copy_id]
                 self.core.cancelled(copy_id)
+
+    def clean(self, key: ExpertKey) -> None:
+        before = {copy.id for copy in self.core.core._orders.copies.values()}
+        accepted = self.core.clean(key)
+        new = [copy for copy in self.core.core._orders.copies.values() if copy.id not in before]
+        assert [(copy.key, copy.kind) for copy in new] == [(key, Kind.CLEAN)] * accepted
+
+    def flush(self) -> None:
+        """Everything dirty goes home and stays, as soon as nobody who may change it holds it."""
+        self.drain()
+        dirty, residents = set(self.core.writing.dirty), self.core.residents()
+        self.core.flush()
+        self.drain()
+        assert not self.core.writing.flushing and not self.core.writing.dirty, "a flush left something"
+        assert residents <= self.core.residents(), "a flush evicted something"
+        assert all(self.memory.home[key] == (key, self.memory.newest[key]) for key in dirty)
 
     def pin(self, key: ExpertKey) -> None:
         try:
@@ -199,6 +222,7 @@ class Run:
         for key in KEYS:
             dirty = any(key in tier.entries and tier.entries[key].dirty for tier in tiers)
             assert dirty or self.memory.home[key] == (key, self.memory.newest[key]), f"an update of {key} was lost"
+        self.flush()
         counts = self.core.counters()["prefetches"]
         assert counts["issued"] == counts["useful"] + counts["wasted"] + sum(e.prefetched for e in top.values())
         for layer in range(LAYERS):
@@ -229,16 +253,31 @@ class CoreMachine(RuleBasedStateMachine):
         lower=st.lists(tier_configs(False), max_size=2),
         in_place=st.booleans(),
         exclusive=st.sampled_from([{}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]),
+        writeback=st.sampled_from(WRITE_BACK),
+        limit=st.sampled_from([None, None, 1, 3]),
     )
-    def build(self, top: TierConfig, lower: list[TierConfig], in_place: bool, exclusive: dict[str, Any]) -> None:
+    def build(
+        self,
+        top: TierConfig,
+        lower: list[TierConfig],
+        in_place: bool,
+        exclusive: dict[str, Any],
+        writeback: str,
+        limit: int | None,
+    ) -> None:
         if lower:
             lower[0] = replace(lower[0], **exclusive)
-        self.run = Run([top, *lower], in_place)
+        self.run = Run([top, *lower], in_place, writeback, limit)
 
     @precondition(lambda self: len(self.run.live) < 3)
-    @rule(layer=st.integers(0, LAYERS - 1), experts=st.sets(st.integers(0, EXPERTS - 1)), phase=st.sampled_from(Phase))
-    def acquire(self, layer: int, experts: set[int], phase: Phase) -> None:
-        self.run.acquire(layer, experts, phase)
+    @rule(
+        layer=st.integers(0, LAYERS - 1),
+        experts=st.sets(st.integers(0, EXPERTS - 1)),
+        phase=st.sampled_from(Phase),
+        writes=st.booleans(),
+    )
+    def acquire(self, layer: int, experts: set[int], phase: Phase, writes: bool) -> None:
+        self.run.acquire(layer, experts, phase, writes)
 
     @precondition(lambda self: any(ticket.ready for ticket in self.run.live))
     @rule(data=st.data())
@@ -272,6 +311,14 @@ class CoreMachine(RuleBasedStateMachine):
     def cancel(self, key: ExpertKey, seed: int) -> None:
         self.run.core.cancel(key)
         self.run.withdraw(Random(seed))
+
+    @rule(key=st.sampled_from(KEYS))
+    def clean(self, key: ExpertKey) -> None:
+        self.run.clean(key)
+
+    @rule()
+    def flush(self) -> None:
+        self.run.core.flush()
 
     @rule(key=st.sampled_from(KEYS))
     def pin(self, key: ExpertKey) -> None:
@@ -316,13 +363,27 @@ def random_tiers(random: Random) -> list[TierConfig]:
 def random_step(run: Run, random: Random) -> None:
     key = random.choice(KEYS)
     kind = random.choices(
-        ["acquire", "use", "release", "start", "complete", "abort", "prefetch", "cancel", "pin", "unpin"],
-        [10, 20, 20, 14, 24, 1, 6, 4, 2, 2],
+        [
+            "acquire",
+            "use",
+            "release",
+            "start",
+            "complete",
+            "abort",
+            "prefetch",
+            "cancel",
+            "pin",
+            "unpin",
+            "clean",
+            "flush",
+        ],
+        [10, 20, 20, 14, 24, 1, 6, 4, 2, 2, 3, 1],
     )[0]
     ready = [ticket for ticket in run.live if ticket.ready]
     if kind == "acquire" and len(run.live) < 3:
         layer = key.layer if random.random() < 0.5 else run.time % LAYERS
-        run.acquire(layer, random.sample(range(EXPERTS), random.randint(1, EXPERTS)), random.choice(list(Phase)))
+        experts = random.sample(range(EXPERTS), random.randint(1, EXPERTS))
+        run.acquire(layer, experts, random.choice(list(Phase)), random.random() < 0.6)
     elif kind == "use" and ready:
         run.use(random.choice(ready))
     elif kind == "release" and run.held:
@@ -343,6 +404,10 @@ def random_step(run: Run, random: Random) -> None:
         run.pin(key)
     elif kind == "unpin":
         run.core.unpin(key)
+    elif kind == "clean":
+        run.clean(key)
+    elif kind == "flush":
+        run.core.flush()
 
 
 @pytest.mark.timeout(60)
@@ -351,7 +416,8 @@ def test_random_interleavings(block: int) -> None:
     """Also proves the replay: `finish` compares digests."""
     for seed in range(40 * block, 40 * block + 40):
         random = Random(seed)
-        run = Run(random_tiers(random), in_place=seed % 2 == 1)
+        limit = random.choice([None, None, 1, 3])
+        run = Run(random_tiers(random), in_place=seed % 2 == 1, writeback=random.choice(WRITE_BACK), limit=limit)
         try:
             for _ in range(100):
                 random_step(run, random)

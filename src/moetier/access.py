@@ -24,6 +24,15 @@ class Phase(IntEnum):
     DECODE = 1
 
 
+class Part(IntEnum):
+    """Which part of a training step an access belongs to; the order of layers follows from it, up or down."""
+
+    SERVE = 0  # none: a forward without a backward, as in inference and evaluation
+    FORWARD = 1
+    BACKWARD = 2
+    UPDATE = 3  # of the records, by the optimizer
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """One (step, layer): the union of the experts that the step's tokens need there.
@@ -39,3 +48,5 @@ class Access:
     phase: Phase = Phase.DECODE
     sequence: int = 0  # which stream of tokens, for policies that keep per-sequence records; 0 if several at once
     mass: tuple[float, ...] = ()  # sum of the gate weights of each key's tokens, in the order of `keys`; may be unknown
+    writes: bool = False  # its user may change the records: it gets none that is being written home
+    part: Part = Part.SERVE

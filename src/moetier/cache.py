@@ -23,7 +23,7 @@ from moetier.mover import ThreadMover
 from moetier.overlap import Clocks
 from moetier.residency import Residency
 from moetier.stores import ExpertStore
-from moetier.tiers import Kind, Ticket
+from moetier.tiers import HOMEWARD, Kind, Ticket
 
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
@@ -37,18 +37,37 @@ if TYPE_CHECKING:
 class Lease:
     """An expert that stays where it is until the stream moves on. `fields` are views of its slot, not copies.
 
-    It is in tier 0; `in_place`, in host memory although there is a device: for the CPU to compute. Who changes the
-    fields sets `dirty`: the record is then written home before it loses its slot. (In place, after
-    `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
+    It is in tier 0; `in_place`, in host memory although there is a device: for the CPU to compute. Only a
+    `WritableLease` may change the fields.
     """
 
-    __slots__ = ("dirty", "fields", "in_place", "key", "slot")
+    __slots__ = ("fields", "in_place", "key", "slot")
 
     def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
         self.key = key
         self.fields = fields
         self.slot = slot
         self.in_place = in_place
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the record was changed; setting it raises `MoetierError` where the access only reads."""
+        return False
+
+    @dirty.setter
+    def dirty(self, value: bool) -> None:
+        raise MoetierError(f"{self.key} was leased to be read; to change it, give its Access writes=True")
+
+
+class WritableLease(Lease):
+    """A lease of an access that `writes`. Who changes the fields sets `dirty`: the record is then written home before
+    it loses its slot. (In place, after `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
+    """
+
+    __slots__ = ("dirty",)
+
+    def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
+        super().__init__(key, fields, slot, in_place)
         self.dirty = False
 
 
@@ -73,6 +92,7 @@ class ExpertCache:
         self.ahead: StreamAhead | None = None  # starts the next layer of a prefill
         self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
+        self._unsaved: dict[ExpertKey, BaseException] = {}  # changed records that could not be written home
         self._owners: dict[int, int] = {}  # live ticket -> thread
         self._to_foresee: dict[int, Ticket] = {}  # thread -> its access, if the next ones are to be foreseen
         self._closed = False
@@ -154,6 +174,8 @@ class ExpertCache:
                 raise MoetierError("the expert cache is closed")
             if self.mover.done:  # what failed for an earlier access must not fail this one
                 self._drain()
+            if access.writes and self.core.writing.throttled:
+                self._throttle()
             if access.time <= self._time:  # another thread was faster: time must not run backwards for the policies
                 access = replace(access, time=self._time + 1)
             self._time = access.time
@@ -218,7 +240,14 @@ class ExpertCache:
                 counters["prefetches"] = self._prefetching.report()
         if self.pinning is not None:
             counters["pinning"] = self.pinning.report()
+        counters["writebacks"]["dirty_bytes"] = self.dirty_nbytes
         return counters
+
+    @property
+    def dirty_nbytes(self) -> int:
+        """Bytes of the records whose newest version is not home."""
+        with self._condition:
+            return sum(self.store.layout(key.layer).nbytes for key in self.core.writing.dirty)
 
     def clocks(self) -> Clocks:
         """Where the time went so far, in seconds; a window is the difference of two readings."""
@@ -253,7 +282,31 @@ class ExpertCache:
                 if not self.core.busy:
                     break
                 self._condition.wait()
-            failed, self._errors = self._errors, {}
+            failed, self._errors = [*self._errors.values(), *self._unsaved.values()], {}
+            self._unsaved = {}
+        for error in failed:
+            raise error
+
+    def flush(self) -> None:
+        """Write every record that is changed now home; all of them stay, clean.
+
+        Raises `StoreError` for the first that cannot be written; it and its like stay changed, and the next flush tries
+        again. Records that others change meanwhile may or may not be included.
+        """
+        with self._condition:
+            self._unsaved = {}  # they are tried again
+            self.core.flush()
+            self._start_orders()
+            while True:
+                self._drain()
+                if not self.core.writing.flushing:
+                    break
+                if self._closed:
+                    raise MoetierError("the expert cache is closed")
+                if not self.core.busy and set(self._owners.values()) == {threading.get_ident()}:
+                    raise MoetierError("a flush waits for records that this thread leases for writing; end that stream")
+                self._condition.wait()
+            failed, self._unsaved = self._unsaved, {}
         for error in failed.values():
             raise error
 
@@ -320,11 +373,24 @@ class ExpertCache:
                 self.core.completed(flight.copy.id, ok)
                 if self._prefetching is not None:
                     self._prefetching.ended(flight.copy, ok, flight.ended)
-                if flight.error is not None and flight.copy.kind is not Kind.PREFETCH:  # nobody waits for those
+                if flight.copy.kind in HOMEWARD:
+                    if flight.error is None:
+                        self._unsaved.pop(flight.copy.key, None)
+                    else:
+                        self._unsaved[flight.copy.key] = flight.error
+                if flight.error is not None and flight.copy.kind not in (Kind.PREFETCH, Kind.CLEAN):  # nobody waits
                     self._errors[flight.copy.id] = flight.error
             self._start_orders()
             if not self.mover.done:  # a copy that is only enqueued ends while it is started
                 return
+
+    def _throttle(self) -> None:
+        """Before more records change: wait for writes that run while more are dirty than there may be."""
+        begin = time.perf_counter()
+        while self.core.writing.throttled and not self._closed:
+            self._condition.wait()
+            self._drain()
+        self.wait_seconds += time.perf_counter() - begin
 
     def _wait(self, ticket: Ticket) -> None:
         """Until the ticket has a ready expert."""
@@ -379,7 +445,8 @@ class ExpertCache:
 
     def _lease(self, ticket: Ticket, key: ExpertKey) -> Lease:
         place, layout = self.core.place(key, ticket), self.store.layout(key.layer)
+        kind = WritableLease if ticket.access.writes else Lease
         if self.device is not None and place.tier == 0:
-            return Lease(key, self.device.views(place.slot, layout), place.slot)
+            return kind(key, self.device.views(place.slot, layout), place.slot)
         fields = self.host.views(place.slot, layout, self.store.phase(key))
-        return Lease(key, fields, place.slot, self.device is not None)
+        return kind(key, fields, place.slot, self.device is not None)

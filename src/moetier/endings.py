@@ -35,9 +35,7 @@ def landed(core: Residency, copy: Copy) -> None:
         return
     source_read(core, copy)
     entry.state = READY
-    for ticket in entry.tickets:
-        ticket.ready.append(copy.key)
-    entry.tickets.clear()
+    core.writing.tell(entry)
     if core._exclusive is not None:
         core._exclusive.landed(copy.key, demoted)
     core._drop_if_unused(entry)
@@ -90,8 +88,11 @@ def wrote_back(core: Residency, copy: Copy, ok: bool) -> None:
             _undo(core, dependent)
         entry.state, entry.transient = READY, False
         entry.tier.insert(entry, core._last)
+        core.writing.not_home(copy.key)
         core._share(entry)
-    elif entry.heir is None:
+        return
+    core.writing.home(copy.key)
+    if entry.heir is None:
         entry.tier.free.append(entry.place)
     else:
         entry.heir.after = None

@@ -14,14 +14,15 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.errors import ConfigError, MoetierError, ReplayError
 from moetier.misses import Miss, MissPolicy
 from moetier.residency import Residency
 from moetier.tiers import Copy, Ticket, TierConfig
 
 FORMAT = "moetier event log"
-VERSION = 3
+VERSION = 4
+READS = (3, 4)
 
 Event = tuple[Any, ...]  # the name of a call and its arguments; tickets by number
 
@@ -34,6 +35,8 @@ class EventLog:
     layers: int
     experts: int
     events: list[Event] = field(default_factory=list)
+    writeback: str = "evict"
+    dirty_limit: int | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON lines: a header, then one line per call."""
@@ -43,6 +46,8 @@ class EventLog:
             "tiers": [asdict(tier) for tier in self.tiers],
             "layers": self.layers,
             "experts": self.experts,
+            "writeback": self.writeback,
+            "dirty_limit": self.dirty_limit,
             "events": len(self.events),
         }
         with open(path, "w", encoding="utf-8") as file:
@@ -77,8 +82,9 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ConfigError(f"{where}: not an event log of moetier")
-    if header.get("version") != VERSION:
-        raise ConfigError(f"{where}: event log version {header.get('version')!r}; this moetier reads {VERSION}")
+    if header.get("version") not in READS:
+        known = " and ".join(map(str, READS))
+        raise ConfigError(f"{where}: event log version {header.get('version')!r}; this moetier reads {known}")
     try:
         layers, experts, count = (_number(header[name]) for name in ("layers", "experts", "events"))
         tiers = tuple(TierConfig(**tier) for tier in header["tiers"])
@@ -88,9 +94,16 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
             _flag(tier.refill)
             if not (isinstance(tier.policy, str) and isinstance(tier.admission, str)):
                 raise ValueError("policies are given by name")
+        writeback, limit = "evict", None  # before version 4
+        if header["version"] > 3:
+            writeback, limit = header["writeback"], header["dirty_limit"]
+            if not isinstance(writeback, str):
+                raise ValueError("write-back policies are given by name")
+            if limit is not None:
+                _check(limit)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{where}: a damaged header: {error!r}") from error
-    return EventLog(tiers, layers, experts), count
+    return EventLog(tiers, layers, experts, writeback=writeback, dirty_limit=limit), count
 
 
 def _number(value: object) -> int:
@@ -136,9 +149,11 @@ def _parse_event(record: object, layers: int, experts: int) -> Event:
 
 
 def _access(value: object, layers: int, experts: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) != 7:
-        raise ValueError("an access has seven fields")
-    time, layer, numbers, tokens, phase, sequence, mass = value
+    if isinstance(value, list) and len(value) == 7:  # before version 4, when any access could change records
+        value = [*value, True, int(Part.SERVE)]
+    if not isinstance(value, list) or len(value) != 9:
+        raise ValueError("an access has nine fields")
+    time, layer, numbers, tokens, phase, sequence, mass, writes, part = value
     if not all(isinstance(items, list) for items in (numbers, tokens, mass)):
         raise ValueError("experts, tokens and mass are lists")
     if mass and (len(mass) != len(numbers) or not all(isinstance(item, float) and isfinite(item) for item in mass)):
@@ -150,7 +165,8 @@ def _access(value: object, layers: int, experts: int) -> list[Any]:
     if len(set(numbers)) != len(numbers):
         raise ValueError("an expert is given twice")
     _check(*tokens)
-    return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence), mass]
+    step = [_flag(writes), int(Part(part))]
+    return [_number(time), layer, numbers, tokens, int(Phase(phase)), _number(sequence), mass, *step]
 
 
 def _experts(value: object, layers: int, experts: int) -> list[int]:
@@ -175,6 +191,8 @@ _PARSERS: dict[str, Sequence[Callable[[object, int, int], object]]] = {
     "prefetch": (_key, _BOOL, _BOOL),  # the key, whether it displaces, whether it is staged
     "cancel": (_key,),
     "cancelled": (_COUNT,),
+    "clean": (_key,),
+    "flush": (),
     "pin": (_key,),
     "unpin": (_key,),
 }
@@ -185,7 +203,8 @@ class Recorder:
 
     def __init__(self, core: Residency):
         self.core = core
-        self.log = EventLog(core.configs, core.layers, core.experts)
+        writing = self.writing = core.writing
+        self.log = EventLog(core.configs, core.layers, core.experts, writeback=writing.name, dirty_limit=writing.limit)
         self._note = self.log.events.append
         self.configs, self.layers, self.experts = core.configs, core.layers, core.experts
         self.promoted, self.obsolete = core.promoted, core.obsolete  # the core only appends, the caller clears
@@ -198,7 +217,7 @@ class Recorder:
         ticket = self.core.acquire(access)
         experts = [key.expert for key in access.keys]
         fields = [access.time, access.layer, experts, list(access.tokens), int(access.phase), access.sequence]
-        fields.append(list(access.mass))
+        fields += [list(access.mass), access.writes, int(access.part)]
         in_place = sorted(key.expert for key in ticket.in_place)
         self._note(("acquire", fields, ticket.number, self.core.digest(), in_place))
         return ticket
@@ -239,6 +258,16 @@ class Recorder:
         """See `Residency.cancelled`."""
         self._note(("cancelled", copy_id))
         self.core.cancelled(copy_id)
+
+    def clean(self, key: ExpertKey) -> bool:
+        """See `Residency.clean`."""
+        self._note(("clean", key))
+        return self.core.clean(key)
+
+    def flush(self) -> None:
+        """See `Residency.flush`."""
+        self._note(("flush",))
+        self.core.flush()
 
     def pin(self, key: ExpertKey) -> None:
         """See `Residency.pin`."""
@@ -282,7 +311,7 @@ def replay(log: EventLog, prepare: Callable[[Residency], None] | None = None) ->
     Raises `ReplayError`, naming the first access after which the digest is not the recorded one, or the first call that
     cannot be made.
     """
-    core = Residency(log.tiers, log.layers, log.experts)
+    core = Residency(log.tiers, log.layers, log.experts, None, log.writeback, log.dirty_limit)
     recorded = _Recorded()
     if prepare is not None:
         prepare(core)
@@ -290,9 +319,10 @@ def replay(log: EventLog, prepare: Callable[[Residency], None] | None = None) ->
     served = 0
     for number, (name, *arguments) in enumerate(log.events, 1):
         if name == "acquire":
-            (time, layer, experts, tokens, phase, sequence, mass), ticket_number, digest, in_place = arguments
+            (time, layer, experts, tokens, phase, sequence, mass, *step), ticket_number, digest, in_place = arguments
             keys = tuple(ExpertKey(layer, expert) for expert in experts)
-            access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence, tuple(mass))
+            writes, part = step
+            access = Access(time, layer, keys, tuple(tokens), Phase(phase), sequence, tuple(mass), writes, Part(part))
             if in_place and len(log.tiers) < 2:
                 raise ReplayError(f"event {number}: served in place, where there is no second tier")
             recorded.experts = set(in_place)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from moetier.access import Access, ExpertKey
-from moetier.tiers import READY, STAGING, Entry, Kind, Room, Tier
+from moetier.tiers import READY, STAGING, Copy, Entry, Grant, Kind, Room, Tier
 from moetier.victims import eligible, is_new, room_in
 
 if TYPE_CHECKING:
@@ -168,10 +168,21 @@ class Exclusive:
                 return
             if isinstance(grant, Entry) and not self._admits(entry, grant, access):
                 return
-            copy = core._demote(entry, grant, access)
+            copy = self._copy_down(entry, grant, access)
             lower.demotions += 1
             if urgent:
                 core.promoted.append(copy)
+
+    def _copy_down(self, above: Entry, grant: Grant, access: Access) -> int:
+        """Copy a record of tier 0 down into a granted slot of tier 1; the number of the copy."""
+        core = self.core
+        entry = core._occupy(self.lower, above.key, grant, access)
+        blockers = [] if entry.after is None else [entry.after.copy]
+        above.leases += 1
+        copy = Copy(entry.copy, above.key, above.place, entry.place, Kind.DEMOTE)
+        core._digest = hash((core._digest, copy))
+        core._orders.add(copy, blockers)
+        return copy.id
 
     def _admits(self, entry: Entry, victim: Entry, access: Access) -> bool:
         """Whether a record may go down over another. Asked here even without staging: it can always be dropped."""

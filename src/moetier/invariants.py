@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from moetier.tiers import Entry, Kind, State
+from moetier.tiers import HOMEWARD, Entry, Kind, State
 
 if TYPE_CHECKING:
     from moetier.residency import Residency
@@ -20,6 +20,7 @@ def check(core: Residency) -> None:
     _check_copies(core)
     _check_leases(core)
     _check_dirty(core)
+    _check_cleaning(core)
     _check_doubles(core)
     for tier in core._tiers:
         counted = [0] * core.layers
@@ -71,6 +72,11 @@ def _check_copies(core: Residency) -> None:
             assert entry.copy == copy.id and entry.place == copy.source and entry.dirty
             saved.add(entry)
             continue
+        if copy.kind is Kind.CLEAN:
+            entry = core._tiers[copy.source.tier].entries[copy.key]
+            assert entry.place == copy.source and entry.dirty and entry.state is State.READY and not blocked
+            assert core.writing.running[copy.key] == copy.id, "a record is written home that nobody remembers"
+            continue
         entry = core._tiers[copy.target.tier].entries[copy.key]
         assert entry not in filled, "two flights of one key into one tier"
         filled.add(entry)
@@ -101,14 +107,15 @@ def _check_leases(core: Residency) -> None:
             count = readers[entry.place] + users[entry.place]
             assert entry.leases == count, f"{entry.key} has {entry.leases} leases for {count} users"
             if entry.state is State.READY:
-                assert not entry.tickets, "someone waits for a record that is ready"
+                written = entry.key in core.writing.running
+                assert all(written and t.access.writes for t in entry.tickets), "someone waits for what is ready"
                 staged = entry.prefetched and not entry.lost
                 assert entry.leases or not entry.transient or staged, "a staged record outlives its use"
     for ticket in core._live.values():
         for key in ticket.leased:
             entry = core._entry(ticket, key)
-            waits = entry.state is State.LOADING
-            assert (ticket in entry.tickets) == waits, "an access is not told when its record arrives"
+            waits = entry.state is State.LOADING or (ticket.access.writes and key in core.writing.running)
+            assert (ticket in entry.tickets) == waits, "an access is not told when its record arrives, or is written"
         for key in ticket.ready:
             assert core._entry(ticket, key).state is State.READY and key in ticket.leased
         if ticket.waiting:
@@ -138,6 +145,24 @@ def _check_dirty(core: Residency) -> None:
     for tier in core._tiers:
         for entry in tier.entries.values():
             assert not entry.stale or entry.state is State.LOADING, "a record that was half copied is ready"
+
+
+def _check_cleaning(core: Residency) -> None:
+    """What is dirty is known, and what is being written stays as it is."""
+    writing = core.writing
+    dirty = {key for tier in core._tiers for key, entry in tier.entries.items() if entry.dirty}
+    assert not dirty & core._leaving.keys(), "a record is dirty and leaves in an older version"
+    assert writing.dirty.keys() == dirty | core._leaving.keys(), "the dirty records are miscounted"
+    assert list(writing.dirty.values()) == sorted(writing.dirty.values()), "the longest dirty record is not the first"
+    copies = {copy.key: copy.id for copy in core._orders.copies.values() if copy.kind is Kind.CLEAN}
+    assert writing.running == copies, "cleaning is miscounted"
+    assert writing.flushing | writing.failed <= writing.dirty.keys(), "a clean record is to be written"
+    homeward = Counter(copy.key for copy in core._orders.copies.values() if copy.kind in HOMEWARD)
+    assert all(count == 1 for count in homeward.values()), "two writes of one record at once"
+    for ticket in core._live.values():
+        if ticket.access.writes:
+            held = ticket.leased - {key for key in ticket.leased if ticket in core._entry(ticket, key).tickets}
+            assert not held & writing.running.keys(), "a record may change while it is written"
 
 
 def _check_doubles(core: Residency) -> None:

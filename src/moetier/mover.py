@@ -19,7 +19,7 @@ from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import MoetierError, StoreError
 from moetier.overlap import Busy
 from moetier.stores import ExpertStore, WritableStore
-from moetier.tiers import BACKGROUND, Copy, Kind
+from moetier.tiers import BACKGROUND, HOMEWARD, Copy, Kind
 
 if TYPE_CHECKING:
     from moetier.timeline import Timeline
@@ -132,7 +132,7 @@ class ThreadMover:
         if self._pid != os.getpid():
             self._launch()
         for copy in orders:
-            if copy.kind is Kind.WRITE_BACK:
+            if copy.kind in HOMEWARD:
                 self._start_write_back(copy)
                 continue
             from_home = copy.source.tier == self._home
@@ -149,9 +149,9 @@ class ThreadMover:
             flight.error = StoreError(f"{copy.key}: this store is read-only, a changed expert cannot be written back")
             self._finish(flight)
         elif self._device is not None and copy.source.tier == 0:
-            self._queue(self._d2h, Flight(copy, 1))
+            self._queue(self._d2h, Flight(copy, 1), copy.kind in BACKGROUND)
         else:
-            self._queue(self._write, Flight(copy, self._store.segments(copy.key)))
+            self._queue(self._write, Flight(copy, self._store.segments(copy.key)), copy.kind in BACKGROUND)
 
     def _queue(self, link: Link, flight: Flight, prefetch: bool = False) -> None:
         with link.condition:
@@ -240,7 +240,9 @@ class ThreadMover:
             with link.condition:
                 while not (link.demand or link.prefetch or link in self._closed):
                     link.condition.wait()
-                if link in self._closed and not (link.drains and link.demand):
+                # a record half written is worse than an old one: the last link finishes what is in the background too
+                left = link.demand or (link.prefetch if link is self._write else None)
+                if link in self._closed and not (link.drains and left):
                     return
                 queue = link.demand or link.prefetch
                 flight = queue[0]
@@ -273,9 +275,9 @@ class ThreadMover:
                 if ended and link.ends is not None:
                     link.ends.append(begin + elapsed)
             flight.ended = begin + elapsed
-            if ended and link is self._d2h and flight.copy.kind is Kind.WRITE_BACK and flight.error is None:
+            if ended and link is self._d2h and flight.copy.kind in HOMEWARD and flight.error is None:
                 flight.begin(self._store.segments(flight.copy.key))
-                self._queue(self._write, flight)
+                self._queue(self._write, flight)  # it holds a bounce slot by now: no more waiting behind others
             elif ended:
                 self._finish(flight)
 

@@ -23,7 +23,13 @@ from moetier.tiers import Kind
 from moetier.timeline import COMPUTE, AccessSpan, Compute, Part, Step, Timeline, Track, Wait
 
 Spans = list[tuple[float, float, Any]]
-_KINDS = {Kind.LOAD: "demand", Kind.PREFETCH: "prefetch", Kind.WRITE_BACK: "write back", Kind.DEMOTE: "demote"}
+_KINDS = {
+    Kind.LOAD: "demand",
+    Kind.PREFETCH: "prefetch",
+    Kind.WRITE_BACK: "write back",
+    Kind.DEMOTE: "demote",
+    Kind.CLEAN: "clean",
+}
 _PREFETCHES = "prefetch outcomes"
 _BUCKETS = 4000  # of a bandwidth curve at most
 _BUCKET_SECONDS = 1e-3  # at least

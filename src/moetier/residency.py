@@ -39,17 +39,28 @@ from moetier.tiers import (
     Ticket,
     Tier,
     TierConfig,
+    classify,
 )
 from moetier.victims import room_in
+from moetier.writeback import WriteBacks
 
 
 class Residency:
     """Decides residency for `layers` x `experts` records over `tiers` (fastest first) plus home.
 
-    `misses` chooses the misses of tier 0 that are served in tier 1, in place; nothing is if it is None.
+    `misses` chooses the misses of tier 0 that are served in tier 1, in place; nothing is if it is None. `writeback`
+    says when changed records are written home, at the latest beyond `dirty_limit` of them (`writeback.py`).
     """
 
-    def __init__(self, tiers: Sequence[TierConfig], layers: int, experts: int, misses: MissPolicy | None = None):
+    def __init__(
+        self,
+        tiers: Sequence[TierConfig],
+        layers: int,
+        experts: int,
+        misses: MissPolicy | None = None,
+        writeback: str = "evict",
+        dirty_limit: int | None = None,
+    ):
         if not tiers:
             raise ConfigError("at least one tier is needed above home")
         if misses is not None and len(tiers) < 2:
@@ -63,6 +74,8 @@ class Residency:
         if any(tier.config.exclusive for tier in self._lower):
             self._exclusive = Exclusive(self, self._top, self._tiers[1])
         self._orders = Orders()
+        self.writing = WriteBacks(self, writeback, dirty_limit)
+        self._dirty = self.writing.dirty
         self._leaving: dict[ExpertKey, Entry] = {}  # dirty records on their way home; until then home is out of date
         self._wanted: Counter[ExpertKey] = Counter()  # keys that wait for tier 0, and must not leave a tier below
         self._stuck: list[Ticket] = []  # accesses that wait for slots
@@ -111,18 +124,24 @@ class Residency:
             top.misses[layer] += len(missing)
             if self._lower:
                 self._wanted.update(missing)
-                self._classify_below(missing, access)
+                classify(self._lower, missing, access)
             if self._exclusive is not None:
                 self._exclusive.due = True
             ticket.waiting = missing if self.misses is None else in_place.split(self, ticket, missing, self.misses)
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
+        if self._dirty:
+            if access.writes:
+                self.writing.hold(ticket)
+            self.writing.go()
         self._digest = hash((self._digest, access.time, layer, len(missing), lates))
         return ticket
 
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
-        """The math is done with `key`; `dirty` if it changed the record."""
+        """The math is done with `key`; `dirty` if it changed the record, which only an access that `writes` may."""
+        if dirty:
+            self.writing.changed(ticket, key)
         ticket.leased.remove(key)
         entry = self._entry(ticket, key)
         entry.leases -= 1
@@ -138,6 +157,8 @@ class Residency:
             del self._live[ticket.number]
             if self._exclusive is not None:
                 self._exclusive.after(ticket.access)
+        if self._dirty:
+            self.writing.go()
 
     def abort(self, ticket: Ticket) -> None:
         """Give up the rest of an access: after a failure, or when the caller stops early."""
@@ -147,7 +168,7 @@ class Residency:
         for key in sorted(ticket.leased):
             entry = self._entry(ticket, key)
             entry.leases -= 1
-            if entry.state is LOADING:
+            if ticket in entry.tickets:
                 entry.tickets.remove(ticket)
             self._drop_if_unused(entry)
         ticket.leased.clear()
@@ -156,6 +177,7 @@ class Residency:
         self._serve_stuck()
         if self._exclusive is not None:
             self._exclusive.after(ticket.access)
+        self.writing.go()
 
     def completed(self, copy_id: int, ok: bool = True) -> None:
         """A copy ended. With `ok` false nothing arrived: whoever waits for it is told through `Ticket.failed`."""
@@ -163,6 +185,8 @@ class Residency:
         self._digest = hash((self._digest, copy_id, ok))
         if copy.kind is Kind.WRITE_BACK:
             endings.wrote_back(self, copy, ok)
+        elif copy.kind is Kind.CLEAN:
+            self.writing.ended(copy, ok)
         elif ok:
             endings.landed(self, copy)
         else:
@@ -173,6 +197,8 @@ class Residency:
             self._orders.unblock(copy_id)
         if self._stuck:
             self._serve_stuck()
+        if self._dirty:
+            self.writing.go()
 
     def take(self) -> list[Copy]:
         """The orders since the last call; demand loads before prefetches."""
@@ -196,6 +222,14 @@ class Residency:
     def cancelled(self, copy_id: int) -> None:
         """The mover had not begun a copy that is `obsolete`, and will not."""
         prefetching.cancelled(self, copy_id)
+
+    def clean(self, key: ExpertKey) -> bool:
+        """Start writing a changed record home; it stays. False if it is not dirty, or leased by who may change it."""
+        return self.writing.clean(key)
+
+    def flush(self) -> None:
+        """Write home every record that is dirty now; `writing.flushing` are those still to be written."""
+        self.writing.flush()
 
     def pin(self, key: ExpertKey) -> None:
         """Keep `key` in tier 0 once it is resident there. Raises `CapacityError` beyond half of the tier."""
@@ -244,14 +278,15 @@ class Residency:
         return self._digest
 
     def counters(self) -> dict[str, object]:
-        """Hits, lates and misses per tier and layer, evictions, write-backs, staged loads, prefetches."""
+        """Hits, lates and misses per tier and layer, evictions, staged loads; prefetches; dirty records and writes."""
         prefetches = {
             "issued": self.prefetches,
             "useful": self.useful_prefetches,  # demanded before they were evicted
             "late": self.late_prefetches,  # of these: still on their way
             "wasted": self.wasted_prefetches,
         }
-        return {"tiers": [tier.counters() for tier in self._tiers], "prefetches": prefetches}
+        tiers = [tier.counters() for tier in self._tiers]
+        return {"tiers": tiers, "prefetches": prefetches, "writebacks": self.writing.counters()}
 
     # -- serving misses -----------------------------------------------------------------------------------------------
 
@@ -284,21 +319,6 @@ class Residency:
                     self._orders.copies[entry.copy] = copy._replace(kind=Kind.LOAD)
                     self.promoted.append(entry.copy)
                     self.second_chances.add(entry.copy)
-
-    def _classify_below(self, missing: list[ExpertKey], access: Access) -> None:
-        for tier in self._lower:
-            absent = []
-            for key in missing:
-                entry = tier.entries.get(key)
-                if entry is None:
-                    absent.append(key)
-                    continue
-                counter = tier.hits if entry.state is READY else tier.lates
-                counter[access.layer] += 1
-                if not entry.transient:
-                    tier.policy.on_hit(key, access)
-            missing = absent
-            tier.misses[access.layer] += len(missing)
 
     def _depth(self, key: ExpertKey) -> int:
         """The fastest tier below tier 0 that holds or awaits `key`; home if none."""
@@ -385,16 +405,6 @@ class Residency:
         tier.staged += entry.transient
         tier.insert(entry, access)
         return entry
-
-    def _demote(self, above: Entry, grant: Grant, access: Access) -> int:
-        """Copy a record of tier 0 down into a granted slot of tier 1; the number of the copy."""
-        entry = self._occupy(self._tiers[1], above.key, grant, access)
-        blockers = [] if entry.after is None else [entry.after.copy]
-        above.leases += 1
-        copy = Copy(entry.copy, above.key, above.place, entry.place, Kind.DEMOTE)
-        self._digest = hash((self._digest, copy))
-        self._orders.add(copy, blockers)
-        return copy.id
 
     def _share(self, entry: Entry) -> None:
         """Accesses that wait for a slot for this very record do not need one any more."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from moetier.access import Access, ExpertKey
@@ -79,7 +79,7 @@ class Stress:
             envs_per_batch=self.envs_per_batch,
             seed=self.seed,
         )
-        return trace.accesses()
+        return [replace(access, writes=True) for access in trace.accesses()]
 
     def tiers(self) -> list[TierConfig]:
         """Of the residency core."""

@@ -30,6 +30,7 @@ class Kind(IntEnum):
     PREFETCH = 1
     WRITE_BACK = 2
     DEMOTE = 3  # a clean record of tier 0 down into tier 1, in the background
+    CLEAN = 4  # a changed record home, in the background; it stays
 
 
 class Copy(NamedTuple):
@@ -42,7 +43,8 @@ class Copy(NamedTuple):
     kind: Kind
 
 
-BACKGROUND = (Kind.PREFETCH, Kind.DEMOTE)  # nobody waits for these: demand goes first
+BACKGROUND = (Kind.PREFETCH, Kind.DEMOTE, Kind.CLEAN)  # nobody waits for these: demand goes first
+HOMEWARD = (Kind.WRITE_BACK, Kind.CLEAN)  # what is written to the store
 
 
 class State(Enum):
@@ -92,7 +94,7 @@ class Entry:
         self.stale = False  # LOADING, and its source was changed meanwhile: copied once more
         self.after: Entry | None = None  # the leaving record that must be home before the slot can be filled
         self.heir: Entry | None = None  # the other way round
-        self.tickets: list[Ticket] = []  # who waits for it, while LOADING
+        self.tickets: list[Ticket] = []  # who waits for it: while LOADING, or to change it while it is written home
 
 
 FREE, STAGING = "free", "staging"  # slots that nobody has to leave
@@ -225,6 +227,23 @@ class Tier:
             "demotions": self.demotions,
             "refills": self.refills,
         }
+
+
+def classify(tiers: Sequence[Tier], missing: list[ExpertKey], access: Access) -> None:
+    """Count where in these tiers, the fastest first, what the tiers above miss is found, and tell their policies."""
+    for tier in tiers:
+        absent = []
+        for key in missing:
+            entry = tier.entries.get(key)
+            if entry is None:
+                absent.append(key)
+                continue
+            counter = tier.hits if entry.state is READY else tier.lates
+            counter[access.layer] += 1
+            if not entry.transient:
+                tier.policy.on_hit(key, access)
+        missing = absent
+        tier.misses[access.layer] += len(missing)
 
 
 class Orders:

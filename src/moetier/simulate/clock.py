@@ -8,6 +8,7 @@ them back. Time passes only here and only in `_compute` and `_wait`; the same in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -133,6 +134,8 @@ class Clock:
         self._layer = access.layer
         self._compute(timing.layer_seconds)
         self._drain()
+        if self._dirty and not access.writes:
+            access = replace(access, writes=True)
         foresee = self._prefetching is not None and self._prefetching.begin(access, self._now)
         ticket = cache.acquire(access)
         hits = len(ticket.ready)

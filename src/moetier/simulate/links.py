@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from moetier.errors import ConfigError
 from moetier.simulate.config import Link, Timing
-from moetier.tiers import BACKGROUND, Copy, Kind
+from moetier.tiers import BACKGROUND, HOMEWARD, Copy, Kind
 
 Order = tuple[int, int]  # the cache that ordered it, the id of the copy
 
@@ -147,7 +147,7 @@ class VirtualMover:
 
     def _path(self, copy: Copy) -> list[VirtualLink]:
         """The links of a copy, the last one first."""
-        if copy.kind is Kind.WRITE_BACK:  # from a device through host memory
+        if copy.kind in HOMEWARD:  # from a device through host memory
             from_host = copy.source.tier == self._home - 1
             return [self._disk_write] if from_host else [self._disk_write, self._d2h]
         if copy.kind is Kind.DEMOTE:

@@ -13,6 +13,7 @@ import torch
 from moetier.access import ExpertKey
 from moetier.cache import ExpertCache
 from moetier.record import RecordLayout
+from moetier.stores.scratch import ScratchStore
 from moetier.training.leases import leased
 from moetier.training.optimizers.clipping import squared_norm
 
@@ -29,11 +30,14 @@ class Gradients:
 
     def __init__(self, cache: ExpertCache):
         self.cache = cache
+        self._scratch = cache.store if isinstance(cache.store, ScratchStore) else None
         self.squares: dict[int, dict[ExpertKey, float]] = {}
 
     def add(self, key: ExpertKey, gradients: Fields) -> None:
         """Add a gradient to the sum of an expert."""
         squares = self.squares.setdefault(key.layer, {})
+        if self._scratch is not None:
+            self._scratch.use(key)
         with leased(self.cache, key) as lease:
             lease.dirty = True
             for name, total in lease.fields.items():
@@ -51,7 +55,5 @@ class Gradients:
         """Forget the sums of a layer, or all."""
         for one in list(self.squares) if layer is None else [layer]:
             for key in self.squares.pop(one, {}):
-                self.forget(key)
-
-    def forget(self, key: ExpertKey) -> None:
-        """The record of a sum is not needed any more."""
+                if self._scratch is not None:  # its slot is given up without a write
+                    self._scratch.clear(key)
