@@ -89,6 +89,7 @@ OPTIONS = {
     "predict train": (
         "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE"
     ),
+    "train synthetic": "",
     "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
     "trace record": (
         "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode "

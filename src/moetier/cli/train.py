@@ -175,6 +175,7 @@ def synthetic(
         idle=idle,
         seed=seed,
     )
+    settings.check()
     make: Callable[[Settings], Trained]
     if in_memory:
         make = InMemory
@@ -247,6 +248,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     count = len(report["steps"]["loss"])
     shown = f"mean of the last {loss['shown']} steps; {loss['first']:.4f} in the first {loss['shown']}"
     table.add_row("loss", f"{loss['last']:.4f}", shown)
+    table.add_row("held-out loss", f"{loss['held_out']:.4f}", "at the end, over all environments")
     table.add_row(
         "step", f"{1e3 * each['median_seconds']:.1f} ms", f"median of {count}; mean {1e3 * each['seconds']:.1f} ms"
     )

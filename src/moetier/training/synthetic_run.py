@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from moetier.training.synthetic import SyntheticConfig, SyntheticModel, expert_r
 from moetier.training.teachers import Sample, TeacherRegression, Teachers
 
 REPORT_VERSION = 1
+HELD_OUT = 16  # samples of every environment
 SHOWN = 10  # steps that the first and the last loss are means of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OPTIMS = ("sgd", "momentum", "adamw")
@@ -217,11 +218,27 @@ def train(settings: Settings, make: Callable[[Settings], Trained], tell: Tell | 
                     tell(step, trained)
         counters = trained.counters()
         seconds = {"make": ready - begin, "train": time.perf_counter() - ready}
+        held_out = evaluate(settings, trained.model)
     except BaseException:
         trained.close(None)
         raise
     trained.close(loader)
-    return _report(settings, steps, counters, seconds)
+    return _report(settings, steps, held_out, counters, seconds)
+
+
+@torch.no_grad()
+def evaluate(settings: Settings, model: SyntheticModel) -> float:
+    """The mean squared error over samples of all environments that were held out, `HELD_OUT` of each.
+
+    The loss of the last steps is not that: it is of the environments that these steps had.
+    """
+    data = TeacherRegression(replace(settings.teachers(), samples=HELD_OUT), held_out=True)
+    size = HELD_OUT * max(1, settings.batch_size // HELD_OUT)
+    total = 0.0
+    for begin in range(0, len(data), size):
+        batch = data.batch(range(begin, min(begin + size, len(data))))
+        total += float(model(**batch).loss) * len(batch["target"])
+    return total / len(data)
 
 
 def _steps(settings: Settings, trained: Trained, loader: Lookahead) -> Iterator[Step]:
@@ -253,12 +270,13 @@ def _steps(settings: Settings, trained: Trained, loader: Lookahead) -> Iterator[
 
 
 def _report(
-    settings: Settings, steps: list[Step], counters: dict[str, Any], seconds: dict[str, float]
+    settings: Settings, steps: list[Step], held_out: float, counters: dict[str, Any], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """Version 1, bytes and seconds as plain numbers:
 
     version, settings   of this format; of the run
-    loss                first, last: means over `shown` steps at the beginning and at the end of this run
+    loss                first, last: means over `shown` steps at the beginning and at the end of this run; held_out:
+                        after it, over samples of all environments that nothing was trained on
     steps               lists, one entry a step: number, loss and what else `Step` has
     per_step            the means of these; and median_seconds
     caches              by name (weights, state, gradients): what `ExpertCache.stats` says, and hit rates by tier
@@ -275,6 +293,7 @@ def _report(
             "first": statistics.fmean(losses[:shown]),
             "last": statistics.fmean(losses[-shown:]),
             "shown": shown,
+            "held_out": held_out,
         },
         "per_step": {**means, "median_seconds": statistics.median(columns["seconds"])},
         "caches": {name: with_hit_rates(stats) for name, stats in counters["caches"].items()},
