@@ -118,7 +118,11 @@ def damaged(tmp_path: Path, line: int, text: str | None) -> Path:
         (1, "hello", "line 1: not an event log of moetier"),
         (1, '{"format": "other"}', "line 1: not an event log of moetier"),
         (1, "[" * 100_000, "line 1: not an event log of moetier"),
-        (1, '{"format": "moetier event log", "version": 99}', "line 1: event log version 99; this moetier reads 3 and 4"),
+        (
+            1,
+            '{"format": "moetier event log", "version": 99}',
+            "line 1: event log version 99; this moetier reads 3 and 4",
+        ),
         (1, '{"format": "moetier event log", "version": 3}', "line 1: a damaged header"),
         (3, "{", "line 3: not an event"),
         (3, '["explode"]', "line 3: not an event: unknown call"),

@@ -16,6 +16,7 @@ from moetier.profile import Profile
 from moetier.registry import find
 from moetier.stores.checkpoint import IOMode
 from moetier.threads import default_readers
+from moetier.writeback import make_writeback
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,5 +116,6 @@ class Options:
         for name, asked in unused.items():
             if asked:
                 raise ConfigError(f"{name}: not while a model is trained; leave it out, or leave train out")
+        make_writeback(self.writeback, 1)
         if self.keep < 1:
             raise ConfigError(f"keep: at least 1 checkpoint must be kept, got {self.keep}")

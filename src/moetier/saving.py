@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -28,8 +29,13 @@ CHUNK = 4 << 20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
-    """Give the model a `save_pretrained` that writes its experts too."""
+# writes the experts' tensors, in these dtypes, to the files that hold them
+WriteExperts = Callable[[Sequence[tuple[Path, list[TensorEntry]]], dict[str, torch.dtype]], None]
+
+
+def save_streaming(model: Any, shards: Shards, maps: list[LayerMap], write: WriteExperts | None = None) -> None:
+    """Give the model a `save_pretrained` that writes its experts too: by `write`, or copied from the checkpoint."""
+    write_experts = write or partial(_copy_experts, shards)
     plain_save = type(model).save_pretrained
     targets = {name: m.layout.fields[0].dtype for m in maps for name in m.tensors}
 
@@ -39,7 +45,7 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
             return
         if kwargs.pop("push_to_hub", False):
             raise ConfigError("push_to_hub is not supported for tiered models; save to a folder and upload that")
-        if shards.known:
+        if shards.known and write is None:
             raise ConfigError(
                 f"{shards.files[0].parent}: a model that was loaded from a packed store cannot be saved; make the "
                 "checkpoint again (moetier unpack) and load that"
@@ -54,7 +60,7 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
                 plain_save(self, scratch, **kwargs)
-                _add_experts(Path(scratch), shards, targets, limit)
+                _add_experts(Path(scratch), shards, targets, limit, write_experts)
                 _publish(Path(scratch), folder)
         except MoetierError:
             raise
@@ -64,7 +70,9 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap]) -> None:
     object.__setattr__(model, "save_pretrained", MethodType(save_pretrained, model))
 
 
-def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], limit: int) -> None:
+def _add_experts(
+    folder: Path, shards: Shards, targets: dict[str, torch.dtype], limit: int, write: WriteExperts
+) -> None:
     """Write expert shards beside those of the other weights, and one index over all."""
     weights: dict[str, Path] = {}
     total = sum(_nbytes(shards.tensors[name], dtype) for name, dtype in targets.items())
@@ -80,9 +88,10 @@ def _add_experts(folder: Path, shards: Shards, targets: dict[str, torch.dtype], 
     for file, name in zip(plain_files, names, strict=False):
         file.rename(folder / name)
         weight_map |= {tensor: name for tensor, owner in weights.items() if owner == file}
-    for group, name in zip(groups, names[len(plain_files) :], strict=True):
-        _write_shard(folder / name, shards, group, targets)
-        weight_map |= {entry.name: name for entry in group}
+    files = [(folder / name, group) for group, name in zip(groups, names[len(plain_files) :], strict=True)]
+    for path, group in files:
+        weight_map |= {entry.name: path.name for entry in group}
+    write(files, targets)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -105,20 +114,34 @@ def _nbytes(entry: TensorEntry, dtype: torch.dtype) -> int:
     return entry.nbytes // DTYPES[entry.dtype].itemsize * dtype.itemsize
 
 
-def _write_shard(path: Path, shards: Shards, group: list[TensorEntry], targets: dict[str, torch.dtype]) -> None:
+def _copy_experts(
+    shards: Shards, files: Sequence[tuple[Path, list[TensorEntry]]], targets: dict[str, torch.dtype]
+) -> None:
+    for path, group in files:
+        _write_shard(path, shards, group, targets)
+
+
+def shard_header(group: list[TensorEntry], targets: dict[str, torch.dtype]) -> tuple[bytes, list[int]]:
+    """The first bytes of a safetensors file with these tensors one behind the other, and the bytes of each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offset, sizes = 0, []
     for entry in group:
         dtype = targets[entry.name]
-        end = offset + _nbytes(entry, dtype)
+        sizes.append(_nbytes(entry, dtype))
+        end = offset + sizes[-1]
         header[entry.name] = {"dtype": _CODES[dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, sizes
+
+
+def _write_shard(path: Path, shards: Shards, group: list[TensorEntry], targets: dict[str, torch.dtype]) -> None:
+    header, _ = shard_header(group, targets)
     buffer = torch.empty(CHUNK, dtype=torch.uint8)
     try:
         with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(header)
             for entry in group:
                 with DiskFile(shards.files[entry.file], "buffered") as source:
                     for begin in range(0, entry.nbytes, CHUNK):

@@ -28,7 +28,7 @@ from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
 from moetier.training.export import save_trained
 from moetier.training.gradients import gradient_layout
-from moetier.training.optimizers import AdamW
+from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
 from moetier.training.proxy import give_proxies
 from moetier.training.session import TrainingSession
@@ -57,7 +57,7 @@ def attach_training(
         opened.insert(0, base)
         store = run.family("weights", layouts, experts=counts, base=base)
         config = configure(division.weights, store.records, len(counts), top_k, options.policy, "always")
-        core = Residency([config], len(counts), max(counts))
+        core = Residency([config], len(counts), max(counts), writeback=options.writeback)
         weights = ExpertCache(store, core, HostArena(division.weights, store.slot_nbytes), readers=options.readers)
         opened[0] = weights
         scratch = ScratchStore(Path(options.train), [gradient_layout(layout) for layout in layouts], counts)
@@ -75,7 +75,7 @@ def attach_training(
     tiered = TieredExperts(weights, plan, maps, None)
     tiered.training, tiered.sink = session, engine
     bind(model, modules, tiered)
-    save_trained(model, shards, maps, session)
+    save_trained(model, shards, maps, engine)
     clear_with(model, engine)
 
 
@@ -84,7 +84,7 @@ def one_device(model: Any) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
-    device = devices.pop()
+    device: torch.device = devices.pop()
     if device.type != "cpu":
         raise UnsupportedModelError(
             f"train: experts are trained on the CPU so far, and the model is on {device}; pass device='cpu'"
@@ -103,12 +103,21 @@ def sizes_of(model: Any, layouts: list[RecordLayout], slot_nbytes: int) -> Sizes
 
 def open_run(folder: Path, shards: Shards, options: Options, name: str) -> RunFolder:
     """The run to go on with, or a new one."""
-    mark = {"fingerprint": shards.fingerprint(), "witness": shards.witness()}
+    fingerprint, witness = shards.fingerprint(), shards.witness()
     if RunFolder.exists(folder):
-        return RunFolder.open(folder, step=options.train_step, keep=options.keep, io=options.io, **mark)
+        return RunFolder.open(
+            folder,
+            step=options.train_step,
+            fingerprint=fingerprint,
+            witness=witness,
+            keep=options.keep,
+            io=options.io,
+        )
     if options.train_step is not None:
         raise ConfigError(f"train_step: {folder} holds no run yet; leave it out to begin one")
-    return RunFolder.create(folder, model=name, keep=options.keep, io=options.io, **mark)
+    return RunFolder.create(
+        folder, model=name, fingerprint=fingerprint, witness=witness, keep=options.keep, io=options.io
+    )
 
 
 def clear_with(model: Any, engine: TrainingEngine) -> None:

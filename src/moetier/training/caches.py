@@ -14,7 +14,7 @@ from moetier.tiers import configure
 def small_cache(
     store: ExpertStore, slots: int, counts: Sequence[int], readers: int, writeback: str = "evict"
 ) -> ExpertCache:
-    """A cache in host memory, for the records that only updates need."""
+    """A cache in host memory, for the records that only updates need. `writeback`: see `moetier.writeback`."""
     config = configure(slots, sum(counts), len(counts), 1, "lru", "always")
-    core = Residency([config], len(counts), max(counts))
+    core = Residency([config], len(counts), max(counts), writeback=writeback)
     return ExpertCache(store, core, HostArena(slots, store.slot_nbytes), readers=readers)

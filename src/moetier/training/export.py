@@ -6,11 +6,10 @@ transformers itself. Knows where a record's bytes come from (`stores/packed_sour
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.errors import StoreError, UnsupportedModelError
-from moetier.mapping import DTYPES, LayerMap
+from moetier.mapping import LayerMap
 from moetier.saving import save_streaming, shard_header
 from moetier.stores.packed_sources import LayerSources, sources_of
 from moetier.stores.shards import Shards, TensorEntry
@@ -39,7 +38,7 @@ def save_trained(model: Any, shards: Shards, maps: list[LayerMap], engine: Train
             engine.catch_up_all()
             for layer, source in enumerate(sources):
                 keys = tuple(ExpertKey(layer, expert) for expert in range(len(source.spans)))
-                for lease in engine.weights.stream(access_of(layer, keys)):
+                for lease in engine.weights.stream(access_of(layer, keys, writes=False)):
                     for own, feed in zip(source.fields, source.spans[lease.key.expert], strict=True):
                         field = lease.fields[own.name]
                         elements = replace(own, dtype=field.dtype).restore(field)
@@ -55,7 +54,6 @@ def _sources(layer: LayerMap) -> LayerSources:
     return sources
 
 
-@dataclass
 class _Files:
     """New shards, whose tensors are filled from where they were in the old ones."""
 

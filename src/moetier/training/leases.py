@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.cache import ExpertCache, Lease
 
 
-def access_of(layer: int, keys: Sequence[ExpertKey]) -> Access:
-    """An access of training to these records of a layer; the cache gives it its time."""
-    return Access(0, layer, tuple(keys), phase=Phase.PREFILL)
+def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True) -> Access:
+    """An update's access to these records of a layer; the cache gives it its time."""
+    return Access(0, layer, tuple(keys), phase=Phase.PREFILL, writes=writes, part=Part.UPDATE)
 
 
 @contextmanager
