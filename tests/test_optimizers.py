@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,14 @@ from moetier.errors import ConfigError
 from moetier.record import RecordLayout
 from moetier.training.optimizers import OPTIMIZERS, Hyper, RecordOptimizer, make_optimizer
 from moetier.training.optimizers import fields as fields_module
+from moetier.training.optimizers.adam import AdamSettings
 
 EXACT = settings(max_examples=40, derandomize=True, deadline=None)
 SHAPES: list[tuple[tuple[int, ...], ...]] = [((6, 10), (5, 7), (13,)), ((64, 32), (32, 33)), ((1, 1),)]
 Reference = Callable[[list[torch.nn.Parameter], dict[str, Any]], torch.optim.Optimizer]
 
 TORCH: dict[str, Reference] = {
+    "adafactor": lambda params, group: torch.optim.Adafactor(params, **group),
     "sgd": lambda params, group: torch.optim.SGD(params, fused=True, **group),
     "momentum": lambda params, group: torch.optim.SGD(params, fused=True, **group),
     "adam": lambda params, group: torch.optim.Adam(params, fused=True, **group),
@@ -91,6 +95,11 @@ def draw(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, generator: tor
 
 
 GROUPS: dict[str, list[dict[str, Any]]] = {
+    "adafactor": [
+        {"lr": 0.1},
+        {"lr": 0.01, "beta2_decay": -0.5, "eps": (1e-6, 1e-2), "d": 1.5, "weight_decay": 0.1},
+        {"lr": 0.01, "eps": (1e-30, 1e-3)},
+    ],
     "sgd": [{"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.01}],
     "momentum": [
         {"lr": 0.1, "momentum": 0.9},
@@ -107,6 +116,8 @@ def make(name: str, group: dict[str, Any], masters: bool = True) -> RecordOptimi
     arguments = dict(group)
     if "betas" in arguments:
         arguments["beta1"], arguments["beta2"] = arguments.pop("betas")
+    if isinstance(arguments.get("eps"), tuple):
+        arguments["eps1"], arguments["eps2"] = arguments.pop("eps")
     return OPTIMIZERS[name](**arguments, masters=masters)
 
 
@@ -138,7 +149,7 @@ def test_any_pattern_of_use_equals_dense_torch(
     missed: list[Hyper] = []
     for step, use in enumerate([*used, True], start=1):
         memory.optimizer.param_groups[0]["lr"] = group["lr"] * (1 + (step * 7) % 5) / 3
-        hyper = Hyper(step, type(optimizer.settings).from_group(memory.optimizer.param_groups[0]))
+        hyper = Hyper(step, optimizer.settings.updated(memory.optimizer.param_groups[0]))
         gradient = draw(shapes, dtype if gradients == "same" else torch.float32, generator)
         if not use:
             memory.step([torch.zeros_like(g) for g in gradient])
@@ -183,7 +194,52 @@ def test_what_does_not_idle_leaves_every_bit(case: tuple[str, dict[str, Any]]) -
     tensors = draw(((6, 10), (5, 7)), torch.float32, torch.Generator().manual_seed(2))
     expert = Expert(optimizer, tensors)
     changed = optimizer.idle(expert.weights, expert.state, [Hyper(s, optimizer.settings) for s in (1, 2, 3)])
-    assert changed == (group.get("weight_decay", 0.0) != 0)
+    not_a_number = group.get("eps") == (1e-30, 1e-3)  # 0 / 0, as in torch
+    assert changed == (group.get("weight_decay", 0.0) != 0 or not_a_number)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_eight_bit_moments_are_torchaos(dtype: torch.dtype, weight_decay: float) -> None:
+    torchao = pytest.importorskip("torchao.optim")
+    shapes = ((64, 64), (20, 512), (13,))  # quantized; quantized; too small
+    generator = torch.Generator().manual_seed(4)
+    tensors = draw(shapes, dtype, generator)
+    optimizer = make_optimizer(f"adamw8bit(weight_decay={weight_decay})")
+    expert = Expert(optimizer, tensors)
+    params = [torch.nn.Parameter(tensor.float()) for tensor in tensors]
+    reference = torchao.AdamW8bit(params, lr=1.0, weight_decay=weight_decay)
+    missed: list[Hyper] = []
+    for step, use in enumerate([False, True, True, False, False, True, True], start=1):
+        reference.param_groups[0]["lr"].fill_(1e-2 / step)
+        hyper = Hyper(step, optimizer.settings.updated(reference.param_groups[0]))
+        gradient = draw(shapes, torch.float32, generator)
+        for param, tensor in zip(params, gradient, strict=True):
+            param.grad = tensor if use else torch.zeros_like(tensor)
+        with torch.compiler.set_stance("force_eager"):
+            reference.step()
+        if not use:
+            missed.append(hyper)
+            continue
+        optimizer.idle(expert.weights, expert.state, missed)
+        missed = []
+        optimizer.update(expert.weights, expert.gradients(gradient), expert.state, hyper)
+        for i, param in enumerate(params):
+            assert same_bits(expert.weights[f"field{i}"], param.detach().to(dtype))
+            for moment in ("exp_avg", "exp_avg_sq"):
+                state = reference.state[param][moment]
+                if i == 2:
+                    assert same_bits(expert.state[f"field2.{moment}"], state)
+                else:
+                    assert same_bits(expert.state[f"field{i}.{moment}.codes"], state.codes)
+                    assert same_bits(expert.state[f"field{i}.{moment}.scale"], state.scale)
+
+
+def test_without_torchao_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao.optim.adam", None)
+    with pytest.raises(ConfigError, match=r"needs torchao .* pip install \"moetier\[lowbit\]\""):
+        make_optimizer("adamw8bit")
 
 
 def test_the_state_names_fields_and_parts() -> None:
@@ -214,7 +270,7 @@ def test_what_cannot_be_trained_is_named() -> None:
         ("adamw(eps=x)", "eps: 'x' must be"),
         ("momentum(momentum=0)", 'choose the optimizer "sgd"'),
         ("momentum(nesterov=true,dampening=0.1)", "with nesterov it must be 0"),
-        ("adamx", "unknown optimizer 'adamx'; choose one of: adam, adamw"),
+        ("adamx", "unknown optimizer 'adamx'; choose one of: adafactor, adam, adamw, adamw8bit"),
         ("sgd(momentum=0.9)", "optimizer 'sgd' has no parameter 'momentum'"),
     ],
 )
@@ -228,10 +284,20 @@ def test_a_group_of_torch_gives_the_settings() -> None:
     param = torch.nn.Parameter(torch.zeros(1))
     optimizer = make_optimizer("adamw(weight_decay=0.1)")
     torch_optimizer = torch.optim.AdamW([{"params": [param], "lr": torch.tensor(1e-3)}], betas=(0.5, 0.6))
-    kind = type(optimizer.settings)
-    read = kind.from_group(torch_optimizer.param_groups[0])
-    assert read == kind(lr=torch.tensor(1e-3).item(), betas=(0.5, 0.6), weight_decay=0.01)
-    assert kind.from_group(optimizer.settings.group()) == optimizer.settings
+    read = optimizer.settings.updated(torch_optimizer.param_groups[0])
+    assert read == AdamSettings(lr=torch.tensor(1e-3).item(), betas=(0.5, 0.6), weight_decay=0.01)
+    assert optimizer.settings.updated({"lr": 0.5}) == AdamSettings(lr=0.5, weight_decay=0.1)
+    adafactor = make_optimizer("adafactor(eps1=1e-4)").settings
+    assert adafactor.updated(torch_optimizer.param_groups[0]).group()["eps"] == (1e-4, 1e-3)
     torch_optimizer.param_groups[0]["amsgrad"] = True
     with pytest.raises(ConfigError, match="amsgrad: experts are not trained with amsgrad=True"):
-        kind.from_group(torch_optimizer.param_groups[0])
+        optimizer.settings.updated(torch_optimizer.param_groups[0])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw8bit"])
+def test_settings_come_back_from_json(name: str) -> None:
+    settings = make_optimizer(name).settings.updated({"lr": 0.1 + 0.2, "weight_decay": 1 / 3})
+    saved = json.loads(json.dumps(settings.to_json()))
+    assert make_optimizer(name).settings.from_json(saved) == settings
+    with pytest.raises(ConfigError, match=r"saved settings .* are not those of this optimizer"):
+        settings.from_json({**saved, "speed": 1})

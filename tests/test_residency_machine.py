@@ -126,14 +126,17 @@ class Run:
         self.memory.use(key, ticket)
         self.held.append((ticket, key))
 
-    def release(self, index: int, dirty: bool) -> None:
+    def release(self, index: int, dirty: bool, saved: bool = False) -> None:
         ticket, key = self.held.pop(index)
         self.memory.use(key, ticket)
         dirty = dirty and all(other != key for _, other in self.held)  # two users must not both change a record
         dirty = dirty and ticket.access.writes
+        saved = dirty and saved
         if dirty:
             self.memory.update(key, ticket)
-        self.core.release(ticket, key, dirty)
+        if saved:
+            self.memory.home[key] = (key, self.memory.newest[key])
+        self.core.release(ticket, key, dirty and not saved, saved)
         if ticket.done:
             self.live.remove(ticket)
 
@@ -285,9 +288,9 @@ class CoreMachine(RuleBasedStateMachine):
         self.run.use(data.draw(st.sampled_from([ticket for ticket in self.run.live if ticket.ready])))
 
     @precondition(lambda self: self.run.held)
-    @rule(data=st.data(), dirty=st.booleans())
-    def release(self, data: st.DataObject, dirty: bool) -> None:
-        self.run.release(data.draw(st.integers(0, len(self.run.held) - 1)), dirty)
+    @rule(data=st.data(), dirty=st.booleans(), saved=st.sampled_from([False, False, True]))
+    def release(self, data: st.DataObject, dirty: bool, saved: bool) -> None:
+        self.run.release(data.draw(st.integers(0, len(self.run.held) - 1)), dirty, saved)
 
     @precondition(lambda self: self.run.live)
     @rule(data=st.data())
@@ -387,7 +390,7 @@ def random_step(run: Run, random: Random) -> None:
     elif kind == "use" and ready:
         run.use(random.choice(ready))
     elif kind == "release" and run.held:
-        run.release(random.randrange(len(run.held)), random.random() < 0.4)
+        run.release(random.randrange(len(run.held)), random.random() < 0.4, random.random() < 0.15)
     elif kind == "start":
         run.memory.start()
     elif kind == "complete" and run.memory.flights:

@@ -1,4 +1,4 @@
-"""A tiered model in a plain training loop: bit for bit what the same arithmetic gives in memory, whatever is resident."""
+"""A tiered model in a plain training loop: bit for bit what the same arithmetic gives in memory, at a few slots."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import torch
 import moetier
 from training import (
     NAME,
+    assert_close,
     assert_same,
+    batch,
+    clip_reference,
     load_reference,
     load_trained,
     loop,
+    model_class,
 )
 
 STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "6")))
@@ -61,3 +65,174 @@ def test_a_plain_loop(kind: str, checkpoint: Get, trained: Get) -> None:
     optimizer, other, plain = pair(checkpoint, model, kind)
     assert loop(model, optimizer, STEPS) == loop(plain, other, STEPS)
     assert_same(model, plain)
+
+
+def checkpointed(model: Any) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def test_accumulation_clipping_auxiliary_loss_and_checkpointing(checkpoint: Get, trained: Get) -> None:
+    model = trained(slots=3, state_slots=2, gradient_slots=2)
+    optimizer, other, plain = pair(checkpoint, model, "adamw", max_grad_norm=0.5)
+    norms: list[float] = []
+    for each in (model, plain):
+        checkpointed(each)
+        each.config.router_aux_loss_coef = each.router_aux_loss_coef = 0.1
+    mine = loop(model, optimizer, STEPS, accumulate=2, output_router_logits=True)
+    clip = lambda plain: norms.append(clip_reference(plain, 0.5))  # noqa: E731
+    theirs = loop(plain, other, STEPS, accumulate=2, output_router_logits=True, before_step=clip)
+    assert mine == theirs
+    assert optimizer.grad_norm == norms[-1] > 0.5
+    assert_same(model, plain)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_close_to_stock_transformers(kind: str, checkpoint: Get, trained: Get) -> None:
+    model = trained(slots="25%")
+    optimizer = OPTIMIZERS[kind][0](model, **OPTIMIZERS[kind][2], max_grad_norm=1.0)
+    plain = load_reference(checkpoint(NAME, torch.float32), implementation="grouped_mm")
+    other = OPTIMIZERS[kind][1](plain.parameters(), **OPTIMIZERS[kind][2])
+    clip = lambda plain: torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)  # noqa: E731
+    mine, theirs = loop(model, optimizer, STEPS), loop(plain, other, STEPS, before_step=clip)
+    assert mine == pytest.approx(theirs, rel=1e-6)
+    if kind != "adamw":  # there, the sign of a gradient of nearly nothing decides about a whole step
+        assert_close(model, plain, 1e-6)
+
+
+def test_updates_in_backward(checkpoint: Get, trained: Get) -> None:
+    model = trained()
+    optimizer, other, plain = pair(checkpoint, model, "adamw", update="backward")
+    assert loop(model, optimizer, STEPS) == loop(plain, other, STEPS)
+    assert_same(model, plain)
+    assert model.moetier.training.engine.gradients.cache.stats()["tiers"][0]["misses"] == [0, 0, 0]
+
+
+def test_updates_in_backward_refuse_what_needs_to_wait(trained: Get) -> None:
+    model = trained()
+    with pytest.raises(moetier.ConfigError, match="use update='step', or clip='per-expert'"):
+        moetier.AdamW(model, update="backward", max_grad_norm=1.0)
+    optimizer = moetier.AdamW(model, update="backward")
+    with pytest.raises(moetier.ConfigError, match="one backward per step"):
+        loop(model, optimizer, range(1), accumulate=2)
+
+
+def test_scaling_after_updates_in_backward_is_refused(trained: Get) -> None:
+    model = trained()
+    optimizer = moetier.AdamW(model, update="backward")
+    with pytest.raises(moetier.ConfigError, match="scaled or clipped after backward"):
+        loop(model, optimizer, range(1), before_step=lambda m: torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01))
+    with pytest.raises(moetier.MoetierError, match="load the model again with the same run folder"):
+        loop(model, optimizer, range(1))
+
+
+def test_clipping_from_outside_reaches_the_experts(checkpoint: Get, trained: Get) -> None:
+    model = trained()
+    optimizer, other, plain = pair(checkpoint, model, "momentum")
+    norms: list[list[float]] = [[], []]
+    for number, (each, its) in enumerate(((model, optimizer), (plain, other))):
+        clip = lambda m, n=number: norms[n].append(torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5).item())  # noqa: E731
+        loop(each, its, STEPS, before_step=clip)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and min(norms[0]) > 0.5
+    assert_close(model, plain, 1e-6)
+
+
+def test_loss_scaling(checkpoint: Get, trained: Get) -> None:
+    """A scale that overflows skips the step, and the next one is the step that would have been made without."""
+    model = trained()
+    optimizer, other, plain = pair(checkpoint, model, "momentum")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=2.0**-100)
+    skipped = 0
+    with torch.enable_grad():
+        for step in range(4):
+            scaler.scale(model(**batch(step), use_cache=False).loss).backward()
+            scaler.step(optimizer)
+            before = scaler.get_scale()
+            scaler.update()
+            optimizer.zero_grad()
+            if scaler.get_scale() < before:
+                skipped += 1
+                continue
+            plain(**batch(step), use_cache=False).loss.backward()
+            other.step()
+            other.zero_grad()
+    assert skipped == 1 and model.moetier.training.step == 3
+    assert_close(model, plain, 1e-6)
+
+
+def test_half_precision_with_masters(checkpoint: Get, trained: Get) -> None:
+    """Weights of bf16, masters and moments of fp32, everywhere."""
+    model = trained(dtype=torch.bfloat16)
+    optimizer = moetier.AdamW(model, lr=0.001, weight_decay=0.1, fused=True)
+    plain = load_reference(checkpoint(NAME, torch.bfloat16))
+    own = [p for p in plain.parameters() if p.dtype == torch.bfloat16]
+    assert len(own) == len(list(plain.parameters()))
+    masters = [p.detach().float().requires_grad_() for p in own]
+    other = torch.optim.AdamW(masters, lr=0.001, weight_decay=0.1, fused=True)
+    mine, theirs = loop(model, optimizer, STEPS), []
+    with torch.enable_grad():
+        for step in STEPS:
+            loss = plain(**batch(step), use_cache=False).loss
+            loss.backward()
+            theirs.append(loss.item())
+            for p, master in zip(own, masters, strict=True):
+                master.grad = p.grad.float()
+            other.step()
+            for p, master in zip(own, masters, strict=True):
+                p.data.copy_(master)
+                p.grad = None
+    assert mine == theirs
+    assert_same(model, plain)
+
+
+def test_frozen_experts_and_frozen_rest(checkpoint: Get, trained: Get) -> None:
+    """The experts of one layer, or everything but experts: whatever `requires_grad` says."""
+
+    def freeze(model: Any, prefix: str, keep: bool) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_((prefix in name) == keep)
+
+    for prefix, keep in ((".layers.1.mlp.experts.", False), (".experts.", True)):
+        model = trained()
+        plain = load_reference(checkpoint(NAME, torch.float32))
+        for each in (model, plain):
+            freeze(each, prefix, keep)
+        optimizer = moetier.AdamW(model, lr=0.01, weight_decay=0.1, fused=True)
+        wanted = [p for p in plain.parameters() if p.requires_grad]
+        other = torch.optim.AdamW(wanted, lr=0.01, weight_decay=0.1, fused=True)
+        assert loop(model, optimizer, STEPS) == loop(plain, other, STEPS)
+        assert_same(model, plain)
+        model.moetier.close()
+
+
+def test_groups_and_schedules_reach_the_experts(checkpoint: Get, trained: Get) -> None:
+    model = trained()
+    plain = load_reference(checkpoint(NAME, torch.float32))
+    made = []
+    for each, kind in ((model, moetier.AdamW), (plain, torch.optim.AdamW)):
+        experts = [p for name, p in each.named_parameters() if ".experts." in name]
+        rest = [p for name, p in each.named_parameters() if ".experts." not in name]
+        groups = [{"params": rest}, {"params": experts, "lr": 0.003, "weight_decay": 0.0}]
+        arguments = (model, groups) if kind is moetier.AdamW else (groups,)
+        optimizer = kind(*arguments, lr=0.01, weight_decay=0.1, fused=True)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
+        made.append(loop(each, optimizer, STEPS, scheduler=scheduler))
+    assert made[0] == made[1]
+    assert_same(model, plain)
+
+
+def test_the_trained_model_is_saved_and_loads_anywhere(trained: Get, tmp_path: Path) -> None:
+    model = trained()
+    loop(model, moetier.AdamW(model, lr=0.01), STEPS)
+    model.save_pretrained(tmp_path / "saved")
+    again = load_reference(tmp_path / "saved")
+    assert_same(model, again)
+    stock = model_class().from_pretrained(tmp_path / "saved", dtype="auto")
+    model.eval()
+    assert torch.equal(model(**batch(0), use_cache=False).loss, stock(**batch(0), use_cache=False).loss)
+    assert not any("proxy" in name for name in model.state_dict())
+
+
+def test_experts_without_an_optimizer_are_not_trained_in_silence(trained: Get) -> None:
+    model = trained()
+    with torch.enable_grad(), pytest.raises(moetier.ConfigError, match="have gradients but no optimizer"):
+        model(**batch(0), use_cache=False).loss.backward()

@@ -1,4 +1,4 @@
-"""What the tests of training share: a tiered model in training, its reference in memory, and how the two are compared."""
+"""What tests of training share: a tiered model in training, its reference in memory, and how they are compared."""
 
 from __future__ import annotations
 

@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from moetier.hf import TieredExpertsConfig
     from moetier.loading import from_pretrained
     from moetier.options import Options
+    from moetier.training.optimizer import SGD, AdamW
 
 __version__ = "0.1.0"
 
 __all__ = [
     "POLICIES",
+    "SGD",
     "Access",
+    "AdamW",
     "CapacityError",
     "CheckpointError",
     "ConfigError",
@@ -53,7 +56,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "AdamW": "moetier.training.optimizer",
     "Options": "moetier.options",
+    "SGD": "moetier.training.optimizer",
     "TieredExpertsConfig": "moetier.hf",
     "from_pretrained": "moetier.loading",
 }

@@ -42,6 +42,7 @@ class Lease:
     """
 
     __slots__ = ("fields", "in_place", "key", "slot")
+    saved = False
 
     def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
         self.key = key
@@ -62,13 +63,16 @@ class Lease:
 class WritableLease(Lease):
     """A lease of an access that `writes`. Who changes the fields sets `dirty`: the record is then written home before
     it loses its slot. (In place, after `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
+
+    Who has made home the same as the fields by other means sets `saved`: nothing is written then, whatever was changed
+    before. (A gradient that was used: its fields are zeroed, and so is its home.)
     """
 
-    __slots__ = ("dirty",)
+    __slots__ = ("dirty", "saved")
 
     def __init__(self, key: ExpertKey, fields: dict[str, torch.Tensor], slot: int = -1, in_place: bool = False):
         super().__init__(key, fields, slot, in_place)
-        self.dirty = False
+        self.dirty = self.saved = False
 
 
 class ExpertCache:
@@ -156,8 +160,8 @@ class ExpertCache:
                 for lease in held:
                     if self.device is not None and not lease.in_place:
                         self.device.used(lease.slot)
-                    if lease.dirty:  # half done or not: what is in the slot is the newest there is
-                        self.core.release(ticket, lease.key, True)
+                    if lease.dirty or lease.saved:  # half done or not: what is in the slot is the newest there is
+                        self.core.release(ticket, lease.key, lease.dirty, lease.saved)
                 stopped = bool(held) or not ticket.done
                 if not ticket.done:
                     self.core.abort(ticket)
@@ -358,7 +362,10 @@ class ExpertCache:
     def _release(self, ticket: Ticket, lease: Lease) -> None:
         if self.device is not None and not lease.in_place:
             self.device.used(lease.slot)
-        self.core.release(ticket, lease.key, lease.dirty)
+        if ticket.access.writes:
+            self.core.release(ticket, lease.key, lease.dirty, lease.saved)
+        else:
+            self.core.release(ticket, lease.key)
         if self.ahead is not None and not ticket.waiting:
             self.ahead.released(ticket.access)
         self._start_orders()

@@ -143,6 +143,8 @@ def _parse_event(record: object, layers: int, experts: int) -> Event:
         raise ValueError("unknown call")
     name, *arguments = record
     parsers = _PARSERS[name]
+    if name == "release" and len(arguments) == 3:  # before version 4
+        arguments.append(False)
     if len(arguments) != len(parsers):
         raise ValueError(f"{name} has {len(parsers)} arguments, not {len(arguments)}")
     return (name, *(parse(value, layers, experts) for parse, value in zip(parsers, arguments, strict=True)))
@@ -184,7 +186,7 @@ def _plain(parse: Callable[[object], object]) -> Callable[[object, int, int], ob
 _COUNT, _BOOL = _plain(_number), _plain(_flag)
 _PARSERS: dict[str, Sequence[Callable[[object, int, int], object]]] = {
     "acquire": (_access, _COUNT, _COUNT, _experts),  # the access, the ticket's number, the digest, served in place
-    "release": (_COUNT, _key, _BOOL),
+    "release": (_COUNT, _key, _BOOL, _BOOL),  # the ticket's number, the key, whether it is dirty, or saved
     "abort": (_COUNT,),
     "completed": (_COUNT, _BOOL),
     "take": (),
@@ -222,10 +224,10 @@ class Recorder:
         self._note(("acquire", fields, ticket.number, self.core.digest(), in_place))
         return ticket
 
-    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
+    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
         """See `Residency.release`."""
-        self._note(("release", ticket.number, key, dirty))
-        self.core.release(ticket, key, dirty)
+        self._note(("release", ticket.number, key, dirty, saved))
+        self.core.release(ticket, key, dirty, saved)
 
     def abort(self, ticket: Ticket) -> None:
         """See `Residency.abort`."""

@@ -138,15 +138,18 @@ class Residency:
         self._digest = hash((self._digest, access.time, layer, len(missing), lates))
         return ticket
 
-    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
-        """The math is done with `key`; `dirty` if it changed the record, which only an access that `writes` may."""
-        if dirty:
-            self.writing.changed(ticket, key)
+    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
+        """The math is done with `key`; `dirty` if it changed the record, `saved` if it made home the same as the slot.
+
+        Only an access that `writes` may do either.
+        """
+        if dirty or saved:
+            self.writing.changed(ticket, key, saved)
         ticket.leased.remove(key)
         entry = self._entry(ticket, key)
         entry.leases -= 1
-        if dirty:
-            entry.dirty = True
+        if dirty or saved:
+            entry.dirty = not saved
             if self._lower:
                 in_place.supersede(self, entry)
         if entry.transient:

@@ -1,6 +1,7 @@
-"""Saving a tiered model as an ordinary checkpoint, streaming: never more than a few megabytes of experts in memory.
+"""Saving a tiered model as an ordinary checkpoint, streaming: never more than an expert of them in memory.
 
-The experts keep the names and the layout that they have in the checkpoint they came from, which every loader of that
+The experts are copied from the checkpoint they came from, or, where they were changed, written from their records. They
+keep the names and the layout that they have in the checkpoint they came from, which every loader of that
 checkpoint understands. Everything else is saved by transformers itself.
 """
 
@@ -10,18 +11,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 
 from moetier.errors import ConfigError, MoetierError, StoreError
+from moetier.expert_tensors import ExpertTensors
 from moetier.mapping import DTYPES, LayerMap
 from moetier.plan import parse_size
+from moetier.stores import ExpertStore
 from moetier.stores.diskio import DiskFile
 from moetier.stores.shards import Shards, TensorEntry
 
@@ -29,13 +31,14 @@ CHUNK = 4 << 20
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-# writes the experts' tensors, in these dtypes, to the files that hold them
-WriteExperts = Callable[[Sequence[tuple[Path, list[TensorEntry]]], dict[str, torch.dtype]], None]
+def save_streaming(
+    model: Any, shards: Shards, maps: list[LayerMap], changed: Callable[[], ExpertStore] | None = None
+) -> None:
+    """Give the model a `save_pretrained` that writes its experts too.
 
-
-def save_streaming(model: Any, shards: Shards, maps: list[LayerMap], write: WriteExperts | None = None) -> None:
-    """Give the model a `save_pretrained` that writes its experts too: by `write`, or copied from the checkpoint."""
-    write_experts = write or partial(_copy_experts, shards)
+    `changed` is called when the model is saved, and gives the store that holds the experts as they are by then, every
+    change included; without it they are as the checkpoint has them.
+    """
     plain_save = type(model).save_pretrained
     targets = {name: m.layout.fields[0].dtype for m in maps for name in m.tensors}
 
@@ -45,7 +48,7 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap], write: Writ
             return
         if kwargs.pop("push_to_hub", False):
             raise ConfigError("push_to_hub is not supported for tiered models; save to a folder and upload that")
-        if shards.known and write is None:
+        if shards.known and changed is None:
             raise ConfigError(
                 f"{shards.files[0].parent}: a model that was loaded from a packed store cannot be saved; make the "
                 "checkpoint again (moetier unpack) and load that"
@@ -56,11 +59,12 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap], write: Writ
         if folder.is_file():
             raise ConfigError(f"{folder} is a file; give a folder to save to")
         limit = parse_size(kwargs.get("max_shard_size", "5GB"), "max_shard_size")
+        experts = None if changed is None else ExpertTensors(changed(), maps, shards)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:
                 plain_save(self, scratch, **kwargs)
-                _add_experts(Path(scratch), shards, targets, limit, write_experts)
+                _add_experts(Path(scratch), shards, targets, limit, experts)
                 _publish(Path(scratch), folder)
         except MoetierError:
             raise
@@ -71,7 +75,7 @@ def save_streaming(model: Any, shards: Shards, maps: list[LayerMap], write: Writ
 
 
 def _add_experts(
-    folder: Path, shards: Shards, targets: dict[str, torch.dtype], limit: int, write: WriteExperts
+    folder: Path, shards: Shards, targets: dict[str, torch.dtype], limit: int, experts: ExpertTensors | None
 ) -> None:
     """Write expert shards beside those of the other weights, and one index over all."""
     weights: dict[str, Path] = {}
@@ -88,10 +92,9 @@ def _add_experts(
     for file, name in zip(plain_files, names, strict=False):
         file.rename(folder / name)
         weight_map |= {tensor: name for tensor, owner in weights.items() if owner == file}
-    files = [(folder / name, group) for group, name in zip(groups, names[len(plain_files) :], strict=True)]
-    for path, group in files:
-        weight_map |= {entry.name: path.name for entry in group}
-    write(files, targets)
+    for group, name in zip(groups, names[len(plain_files) :], strict=True):
+        _write_shard(folder / name, shards, group, targets, experts)
+        weight_map |= {entry.name: name for entry in group}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -114,45 +117,47 @@ def _nbytes(entry: TensorEntry, dtype: torch.dtype) -> int:
     return entry.nbytes // DTYPES[entry.dtype].itemsize * dtype.itemsize
 
 
-def _copy_experts(
-    shards: Shards, files: Sequence[tuple[Path, list[TensorEntry]]], targets: dict[str, torch.dtype]
+def _write_shard(
+    path: Path,
+    shards: Shards,
+    group: list[TensorEntry],
+    targets: dict[str, torch.dtype],
+    experts: ExpertTensors | None,
 ) -> None:
-    for path, group in files:
-        _write_shard(path, shards, group, targets)
-
-
-def shard_header(group: list[TensorEntry], targets: dict[str, torch.dtype]) -> tuple[bytes, list[int]]:
-    """The first bytes of a safetensors file with these tensors one behind the other, and the bytes of each."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset, sizes = 0, []
+    offset = 0
     for entry in group:
         dtype = targets[entry.name]
-        sizes.append(_nbytes(entry, dtype))
-        end = offset + sizes[-1]
+        end = offset + _nbytes(entry, dtype)
         header[entry.name] = {"dtype": _CODES[dtype], "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, sizes
-
-
-def _write_shard(path: Path, shards: Shards, group: list[TensorEntry], targets: dict[str, torch.dtype]) -> None:
-    header, _ = shard_header(group, targets)
-    buffer = torch.empty(CHUNK, dtype=torch.uint8)
     try:
         with open(path, "wb") as file:
-            file.write(header)
-            for entry in group:
-                with DiskFile(shards.files[entry.file], "buffered") as source:
-                    for begin in range(0, entry.nbytes, CHUNK):
-                        part = buffer[: min(CHUNK, entry.nbytes - begin)]
-                        source.read_into(entry.offset + begin, part.numpy().data)
-                        cast = part.view(DTYPES[entry.dtype]).to(targets[entry.name])
-                        file.write(cast.view(torch.uint8).numpy().data)
+            file.write(len(text).to_bytes(8, "little") + text)
+            if experts is None:
+                _copy_tensors(file, shards, group, targets)
+            else:
+                file.flush()
+                begins = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in header.keys() & targets}
+                written = experts.write(file.fileno(), begins, targets)
+                assert written == offset, f"{written} bytes of tensors instead of {offset}"
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise StoreError(f"{path}: the checkpoint could not be written: {error.strerror or error}") from error
+
+
+def _copy_tensors(file: BinaryIO, shards: Shards, group: list[TensorEntry], targets: dict[str, torch.dtype]) -> None:
+    buffer = torch.empty(CHUNK, dtype=torch.uint8)
+    for entry in group:
+        with DiskFile(shards.files[entry.file], "buffered") as source:
+            for begin in range(0, entry.nbytes, CHUNK):
+                part = buffer[: min(CHUNK, entry.nbytes - begin)]
+                source.read_into(entry.offset + begin, part.numpy().data)
+                cast = part.view(DTYPES[entry.dtype]).to(targets[entry.name])
+                file.write(cast.view(torch.uint8).numpy().data)
 
 
 def _publish(scratch: Path, folder: Path) -> None:

@@ -198,9 +198,9 @@ class _Changing(Residency):
 
     stress: Stress
 
-    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False) -> None:
+    def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
         """See `Residency.release`."""
-        super().release(ticket, key, self.stress.changes(ticket.access, key))
+        super().release(ticket, key, self.stress.changes(ticket.access, key), saved)
 
 
 def run_virtual(stress: Stress, timing: Timing) -> dict[str, Any]:

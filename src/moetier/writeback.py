@@ -103,13 +103,20 @@ class WriteBacks:
 
     # -- what happens to records ---------------------------------------------------------------------------------------
 
-    def changed(self, ticket: Ticket, key: ExpertKey) -> None:
-        """A user has changed a record. Raises `MoetierError` if its access did not say that it would."""
+    def changed(self, ticket: Ticket, key: ExpertKey, saved: bool) -> None:
+        """A user has changed a record, and home as well if it is `saved`.
+
+        Raises `MoetierError` if its access did not say that it would.
+        """
         if not ticket.access.writes:
             raise MoetierError(f"{key} was changed by an access that only reads; give its Access writes=True")
         self.updates += 1
-        self.dirty.setdefault(key, self.core._next_ticket)
         self.failed.discard(key)
+        if saved:
+            self.dirty.pop(key, None)
+            self.flushing.discard(key)
+        else:
+            self.dirty.setdefault(key, self.core._next_ticket)
 
     def home(self, key: ExpertKey) -> None:
         """The newest version is home."""
@@ -189,10 +196,13 @@ class WriteBacks:
         for key, since in self.dirty.items():
             if key in self.running or key in leaving:
                 continue
+            if key in self.failed:
+                left -= 1
+                continue
             if not (left > limit or key in self.flushing or self.policy.due(since, now, left)):
                 return
             left -= 1
-            if key not in self.failed and self.clean(key):
+            if self.clean(key):
                 room -= 1
                 if not room:
                     return

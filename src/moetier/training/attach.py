@@ -17,6 +17,7 @@ from moetier.options import Options
 from moetier.plan import make_plan
 from moetier.record import PAGE, RecordLayout, round_up
 from moetier.residency import Residency
+from moetier.saving import save_streaming
 from moetier.stores.opening import find_packed
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
@@ -26,7 +27,6 @@ from moetier.tiers import configure
 from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
-from moetier.training.export import save_trained
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
@@ -75,7 +75,7 @@ def attach_training(
     tiered = TieredExperts(weights, plan, maps, None)
     tiered.training, tiered.sink = session, engine
     bind(model, modules, tiered)
-    save_trained(model, shards, maps, engine)
+    save_streaming(model, shards, maps, changed=engine.settled)
     clear_with(model, engine)
 
 

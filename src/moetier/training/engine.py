@@ -21,6 +21,7 @@ import torch
 from moetier.access import Access, ExpertKey
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError, MoetierError
+from moetier.stores import ExpertStore
 from moetier.training.gradients import Fields, Gradients
 from moetier.training.leases import together
 from moetier.training.ledger import MOST_OWED, Ledger
@@ -303,6 +304,12 @@ class TrainingEngine:
         """Write everything changed home: weights and states. Raises `StoreError`."""
         for cache in self._kept():
             cache.flush()
+
+    def settled(self) -> ExpertStore:
+        """The store of the weights, with every expert in it as it is by now, none of which owes a step."""
+        self.catch_up_all()
+        self.weights.flush()
+        return self.weights.store
 
     def close(self) -> None:
         """Stop what is the engine's own: the caches of gradients and states."""

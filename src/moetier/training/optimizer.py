@@ -71,6 +71,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             )
         self.grad_norm, self._session, self._records = None, session, records
         self._max_grad_norm, self._clip, self._update = max_grad_norm, clip, update
+        self._step_supports_amp_scaling = False  # fused ones would: `GradScaler` shall unscale, and skip, by itself
         self._settings()  # raises now rather than at the first step
         session.bind(self, records, idle, update)
 

@@ -11,8 +11,11 @@ from typing import Protocol
 
 from moetier.record import RecordLayout
 from moetier.registry import build
+from moetier.training.optimizers.adafactor import Adafactor
 from moetier.training.optimizers.adam import Adam, AdamW
+from moetier.training.optimizers.adamw8bit import AdamW8bit
 from moetier.training.optimizers.fields import Fields
+from moetier.training.optimizers.hot_cold import HotCold
 from moetier.training.optimizers.settings import Hyper, Settings
 from moetier.training.optimizers.sgd import SGD, Momentum
 
@@ -25,6 +28,12 @@ class RecordOptimizer(Protocol):
     @property
     def settings(self) -> Settings:
         """The settings that a torch parameter group starts from; `type(settings).from_group` reads a group back."""
+
+    def part(self, share: float) -> RecordOptimizer:
+        """The optimizer for an expert that was used in this share of recent steps; itself, unless there are several.
+
+        A part's `state_layout` says what of the state it touches: None, and the state can stay where it is.
+        """
 
     def state_layout(self, weights: RecordLayout) -> RecordLayout | None:
         """How the state of such experts lies in a record, or None where there is none.
@@ -52,8 +61,11 @@ class RecordOptimizer(Protocol):
 OptimizerFactory = Callable[..., RecordOptimizer]
 
 OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adafactor": Adafactor,
     "adam": Adam,
     "adamw": AdamW,
+    "adamw8bit": AdamW8bit,
+    "hot-cold": HotCold,
     "momentum": Momentum,
     "sgd": SGD,
 }

@@ -6,6 +6,7 @@ Bit-identical to `torch.optim.Adam(fused=True)` and `torch.optim.AdamW(fused=Tru
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.optim.adam import adam
@@ -30,6 +31,9 @@ class AdamSettings(Settings):
         for beta in self.betas:
             self._check_share("betas", beta)
         self._check_at_least("eps", 0.0)
+
+    def _takes(self, name: str, value: Any) -> bool:
+        return name != "eps" or not isinstance(value, tuple)
 
 
 class AdamW(ElementwiseOptimizer):

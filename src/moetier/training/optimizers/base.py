@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -53,6 +54,10 @@ class FieldwiseOptimizer(ABC):
     @abstractmethod
     def idles(self, hyper: Hyper) -> bool:
         """Whether a zero-gradient step with these settings can change anything, whatever the state."""
+
+    def part(self, share: float) -> Self:
+        """Itself: all experts are treated alike."""
+        return self
 
     def state_layout(self, weights: RecordLayout) -> RecordLayout | None:
         """The state's record, or None where there is none. Raises `ConfigError` for fields that cannot be trained."""

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from typing import Any, Generic, TypeVar
 
 from moetier.errors import ConfigError
-from moetier.training.optimizers.settings import Hyper, Settings, from_json, to_json
+from moetier.training.optimizers.settings import Hyper, Settings
 
 S = TypeVar("S", bound=Settings)
 
@@ -18,8 +18,7 @@ S = TypeVar("S", bound=Settings)
 class StepHistory(Generic[S]):
     """Settings of the steps `first` to `last`, equal neighbours kept as one. Steps count from 1, without gaps."""
 
-    def __init__(self, kind: type[S]):
-        self._kind = kind
+    def __init__(self) -> None:
         self._begins: list[int] = []  # the first step of each run of equal settings
         self._settings: list[S] = []
         self.last = 0  # the newest step; 0 before the first
@@ -82,17 +81,17 @@ class StepHistory(Generic[S]):
         """For a checkpoint's manifest. Numbers come back as they were: JSON has a float's shortest exact digits."""
         return {
             "last": self.last,
-            "runs": [[begin, to_json(settings)] for begin, settings in zip(self._begins, self._settings, strict=True)],
+            "runs": [[begin, settings.to_json()] for begin, settings in zip(self._begins, self._settings, strict=True)],
         }
 
     @classmethod
-    def from_json(cls, kind: type[S], saved: Any) -> StepHistory[S]:
-        """What `to_json` gave. Raises `ConfigError` for anything else."""
-        history = cls(kind)
+    def from_json(cls, template: S, saved: Any) -> StepHistory[S]:
+        """What `to_json` gave; `template` are any settings of the same kind. Raises `ConfigError` for anything else."""
+        history = cls()
         try:
             last, runs = saved["last"], saved["runs"]
             begins = [int(begin) for begin, _ in runs]
-            history._settings = [from_json(kind, settings) for _, settings in runs]
+            history._settings = [template.from_json(settings) for _, settings in runs]
             ascending = all(a < b for a, b in zip([0, *begins], [*begins, last + 1], strict=True))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"the saved history of settings cannot be read: {error!r}") from error

@@ -30,20 +30,47 @@ class Settings:
         self._check_at_least("lr", 0.0)
         self._check_at_least("weight_decay", 0.0)
 
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """The settings in a torch parameter group; tensors of one element are read, what the group lacks is default.
+    def updated(self, group: Mapping[str, Any]) -> Self:
+        """These settings with the values of a torch parameter group, whose tensors of one element are read as numbers.
 
-        Raises `ConfigError` for a group that asks for what this optimizer does not do.
+        What the group lacks stays, and so does what means something else there (Adafactor's `eps` is a pair). Raises
+        `ConfigError` for a group that asks for what no optimizer here does.
         """
         for name in REFUSED:
             if group.get(name):
                 raise ConfigError(f"{name}: experts are not trained with {name}=True; leave it off")
-        return cls(**{field.name: plain(group[field.name]) for field in fields(cls) if field.name in group})
+        names = [field.name for field in fields(self) if field.name in group]
+        values = {name: plain(group[name]) for name in names}
+        return replace(self, **{name: value for name, value in values.items() if self._takes(name, value)})
 
     def group(self) -> dict[str, Any]:
         """As defaults for a torch parameter group."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON may hold them; exact, since all numbers are finite and JSON has their shortest exact digits."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value.to_json() if isinstance(value, Settings) else value for name, value in values.items()}
+
+    def from_json(self, saved: Mapping[str, Any]) -> Self:
+        """What `to_json` of settings of this kind gave. Raises `ConfigError` for anything else."""
+        try:
+            values: dict[str, Any] = {
+                name: own.from_json(value) if isinstance(own := getattr(self, name), Settings) else plain(value)
+                for name, value in saved.items()
+            }
+            return replace(self, **values)
+        except (AttributeError, TypeError) as error:
+            raise ConfigError(f"saved settings {saved!r} are not those of this optimizer: {error}") from error
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Self:
+        """`updated`, for settings whose only one without a default is `lr`."""
+        return cls(lr=0.0).updated(group)
+
+    def _takes(self, name: str, value: Any) -> bool:
+        """Whether a group's value of this name means what it means here."""
+        return True
 
     def _check_at_least(self, name: str, smallest: float) -> None:
         value = getattr(self, name)
@@ -92,19 +119,6 @@ class Hyper:
     def at(self, step: int) -> Hyper:
         """The same settings for a step of another number."""
         return replace(self, step=step)
-
-
-def to_json(settings: Settings) -> dict[str, Any]:
-    """As JSON may hold them; exact, since the settings are finite."""
-    return {
-        field.name: to_json(value) if isinstance(value := getattr(settings, field.name), Settings) else value
-        for field in fields(settings)
-    }
-
-
-def from_json(kind: type[S], saved: Mapping[str, Any]) -> S:
-    """What `to_json` gave. Raises `ConfigError` or `TypeError` for anything else."""
-    return kind(**{name: plain(value) for name, value in saved.items()})
 
 
 def plain(value: Any) -> Any:
