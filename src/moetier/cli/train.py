@@ -22,7 +22,7 @@ from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import import_libraries
 from moetier.errors import ConfigError
-from moetier.plan import format_size
+from moetier.plan import format_size, parse_size
 from moetier.policies import check_online
 
 if TYPE_CHECKING:
@@ -72,7 +72,12 @@ def synthetic(
     steps: Annotated[int, _number("Steps in all, those of the run that goes on included.", _LOOP)] = 200,
     batch_size: Annotated[int, _number("Samples of a step.", _LOOP)] = 64,
     optim: Annotated[
-        str, typer.Option(metavar="NAME", help="sgd, momentum or adamw.", rich_help_panel=_LOOP)
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Of the experts: sgd, momentum, adamw, or another record optimizer.",
+            rich_help_panel=_LOOP,
+        ),
     ] = "adamw",
     lr: Annotated[float, typer.Option(metavar="X", min=0.0, help="Learning rate.", rich_help_panel=_LOOP)] = 3e-3,
     weight_decay: Annotated[
@@ -96,7 +101,22 @@ def synthetic(
             metavar="N", min=1, help="Experts in a first tier above the host's. Default: none.", rich_help_panel=_MEMORY
         ),
     ] = None,
-    host_slots: Annotated[int, _number("Experts in host memory, of all layers.", _MEMORY)] = 64,
+    host_slots: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Experts in host memory, of all layers: slots for weights, and as many for optimizer states and for "
+            "gradients. Default: a quarter of the experts.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Host memory for all three, instead of --host-slots.", rich_help_panel=_MEMORY
+        ),
+    ] = None,
     policy: o.Policy = "horizon",
     writeback: Annotated[
         str,
@@ -148,6 +168,9 @@ def synthetic(
         raise ConfigError("--resume needs --run, the folder of the run to go on with")
     if commit_every is not None and run is None:
         raise ConfigError("--commit-every needs --run: a temporary run keeps no checkpoint")
+    if host_slots is not None and host_memory is not None:
+        raise ConfigError("--host-slots and --host-memory both say how many experts there is room for; give one")
+    budget = None if host_memory is None else parse_size(host_memory, "--host-memory")
     console = Console(stderr=True, quiet=quiet)
     import_libraries(console, False, threads)
     from moetier.training.synthetic_run import InMemory, Settings, train
@@ -187,7 +210,8 @@ def synthetic(
             resume,
             commit_every,
             device_slots,
-            host_slots,
+            host_slots or max(1, n_experts * layers // 4),
+            budget,
             policy,
             writeback,
             prefetch,
@@ -258,9 +282,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         for number, tier in enumerate(stats["tiers"]):
             hits, lates, misses = (sum(tier[kind]) for kind in ("hits", "lates", "misses"))
             which = f", tier {number}" if len(stats["tiers"]) > 1 else ""
-            said = (
-                f"{tier['slots']} slots; {hits} hits, {lates} late, {misses} misses, {tier['write_backs']} written back"
-            )
+            said = f"{tier['slots']} slots; {hits} hits, {lates} late, {misses} misses, {tier['write_backs']} written"
             table.add_row(f"{name}{which}", f"{100 * tier['hit_rate']:.1f} %", said)
     if report["caches"]:
         table.add_row("read", format_size(each["read_bytes"]), "a step, from the run folder and the scratch file")

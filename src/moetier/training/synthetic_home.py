@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from moetier.access import ExpertKey
 from moetier.arenas import HostArena, HostTierArena
 from moetier.attach import bind
 from moetier.cache import ExpertCache
-from moetier.errors import ConfigError
+from moetier.errors import CapacityError, ConfigError
 from moetier.hf import NAME
-from moetier.plan import Machine, Workload, make_plan
-from moetier.record import RecordLayout
+from moetier.plan import Machine, Workload, format_size, make_plan
+from moetier.record import PAGE, RecordLayout, round_up
 from moetier.residency import Residency
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
@@ -36,6 +36,7 @@ from moetier.training.engine import TrainingEngine
 from moetier.training.gradients import gradient_layout
 from moetier.training.lookahead import CachePrefetch, Lookahead
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer
+from moetier.training.optimizers import make_optimizer
 from moetier.training.proxy import give_proxies
 from moetier.training.session import TrainingSession, small_cache
 from moetier.training.synthetic import SyntheticModel, first_weights
@@ -48,19 +49,37 @@ PARTS = ("gate_up_proj", "down_proj")
 class Home:
     """Where experts are kept. Without a `folder` in a temporary one, which is gone afterwards.
 
-    `host_slots` are those of weights, and also of optimizer states and of gradients; with `device_slots` the weights
-    have a first tier above them (a second arena in host memory: experts are trained on the CPU).
+    `host_slots` are those of weights, and as many again of optimizer states and of gradients; or as many of each as
+    `host_memory` bytes hold. With `device_slots` the weights have a first tier above them (a second arena in host
+    memory: experts are trained on the CPU).
     """
 
     folder: Path | None = None
     resume: bool = False
     commit_every: int | None = None  # steps; with a folder, the end of training is always committed
     device_slots: int | None = None
-    host_slots: int = 64
+    host_slots: int | None = 64
+    host_memory: int | None = None
     policy: str = "horizon"
     writeback: str = "evict"
     prefetch: bool = True
     readers: int = 2
+
+    def slots(self, settings: Settings, layout: RecordLayout) -> int:
+        """Of each kind of record. Raises `CapacityError` where there is not one."""
+        records = settings.layers * settings.n_experts
+        if self.host_memory is None:
+            return min(records, records if self.host_slots is None else self.host_slots)
+        state = make_optimizer(settings.optim).state_layout(layout)
+        layouts = [layout, gradient_layout(layout), *([] if state is None else [state])]
+        needed = sum(round_up(one.nbytes, PAGE) for one in layouts)
+        if self.host_memory < needed:
+            raise CapacityError(
+                f"host_memory {format_size(self.host_memory)}: an expert's weights, optimizer state and gradients take "
+                f"{format_size(needed)}; give at least that",
+                minimum_slots=1,
+            )
+        return min(records, self.host_memory // needed)
 
 
 class Tiered:
@@ -84,17 +103,16 @@ class Tiered:
         layouts = [RecordLayout.of([(name, dtype, shapes[name]) for name in PARTS])] * settings.layers
         counts = [experts] * settings.layers
         store = run.family("weights", layouts, experts=counts, initial=_first(settings.seed, layouts[0]))
-        self._weights = self._cache(settings, store, counts)
+        slots = home.slots(settings, layouts[0])
+        self._weights = self._cache(settings, store, counts, slots)
         scratch = ScratchStore(self._folder, [gradient_layout(layout) for layout in layouts], counts)
-        self._gradients = small_cache(scratch, min(home.host_slots, sum(counts)), counts, home.readers)
+        self._gradients = small_cache(scratch, slots, counts, home.readers)
         self._opened.callback(self._gradients.close)
         self.model = _without_experts(settings).to(dtype)
         modules = [(f"layers.{number}.experts", layer.experts) for number, layer in enumerate(self.model.moe_layers)]
         engine = TrainingEngine(self._weights, self._gradients, give_proxies([module for _, module in modules]), counts)
-        self._session = TrainingSession(
-            self.model, run, engine, 0, min(home.host_slots, sum(counts)), home.readers, home.writeback
-        )
-        tiered = TieredExperts(self._weights, _plan(settings, home, store.slot_nbytes), [], None)
+        self._session = TrainingSession(self.model, run, engine, 0, slots, home.readers, home.writeback)
+        tiered = TieredExperts(self._weights, _plan(settings, slots, store.slot_nbytes), [], None)
         tiered.training, tiered.sink = self._session, engine
         self._engine = engine
         bind(self.model, modules, tiered)
@@ -105,27 +123,29 @@ class Tiered:
             raise ConfigError(f"steps: the run has made {self.first_step} steps already; ask for more than that")
 
     def _open_run(self, settings: Settings) -> tuple[RunFolder, Path]:
-        home = self._home
-        mark = {"fingerprint": fingerprint(settings)}
+        home, made = self._home, _made(settings)
+        mark = {"model": f"synthetic {json.dumps(made, sort_keys=True)}", "fingerprint": _digest(made)}
         if home.folder is None:
             folder = Path(tempfile.mkdtemp(prefix="moetier-synthetic-"))
             self._opened.callback(shutil.rmtree, folder, ignore_errors=True)
-            run = RunFolder.create(folder, model="synthetic", keep=1, **mark)
+            run = RunFolder.create(folder, keep=1, **mark)
         elif home.resume:
             if not RunFolder.exists(home.folder):
                 raise ConfigError(f"resume: {home.folder} holds no run; leave it out to begin one there")
-            run, folder = RunFolder.open(home.folder, keep=1, **mark), home.folder
+            run, folder = RunFolder.open(home.folder, keep=1), home.folder
         else:
             if RunFolder.exists(home.folder):
-                raise ConfigError(f"{home.folder}: holds a run already; resume it, or give another folder")
-            run, folder = RunFolder.create(home.folder, model="synthetic", keep=1, **mark), home.folder
+                raise ConfigError(f"resume: {home.folder} holds a run already; resume it, or give another folder")
+            run, folder = RunFolder.create(home.folder, keep=1, **mark), home.folder
         self._opened.callback(run.close)
+        if run.head.fingerprint != mark["fingerprint"]:
+            raise ConfigError(f"{folder}: {_difference(run.head.model, made)}; give the same, or another folder")
         return run, folder
 
-    def _cache(self, settings: Settings, store: Any, counts: list[int]) -> ExpertCache:
+    def _cache(self, settings: Settings, store: Any, counts: list[int], slots: int) -> ExpertCache:
         """One tier in host memory, or two."""
         home, records = self._home, sum(counts)
-        sizes = [n for n in (home.device_slots, home.host_slots) if n is not None]
+        sizes = [n for n in (home.device_slots, slots) if n is not None]
         configs = [
             configure(min(n, records), records, len(counts), settings.top_k, home.policy, "always") for n in sizes
         ]
@@ -185,23 +205,37 @@ class Tiered:
 
 
 def tiered_optimizer(settings: Settings, model: SyntheticModel) -> TieredOptimizer:
-    """The optimizer of the settings, for resident weights and experts."""
+    """The optimizer of the settings: of torch's three for resident weights and experts, of others for the experts."""
     given: dict[str, Any] = {
         "lr": settings.lr,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "idle": settings.idle,
+        "fused": True,
     }
-    if settings.optim == "adamw":
-        return AdamW(model, **given)
-    return SGD(model, momentum=0.9 if settings.optim == "momentum" else 0.0, **given)
+    if settings.optim in ("sgd", "momentum"):
+        return SGD(model, momentum=0.9 if settings.optim == "momentum" else 0.0, **given)
+    return AdamW(model, experts=None if settings.optim == "adamw" else settings.optim, **given)
 
 
-def fingerprint(settings: Settings) -> str:
-    """Of all that a run's experts begin as; the order of the data has its own check."""
-    made = {"model": settings.config().to_dict(), "task": asdict(settings.teachers()), "dtype": settings.dtype}
-    made["model"].pop("transformers_version", None)
-    return hashlib.sha256(json.dumps(made, sort_keys=True, default=str).encode()).hexdigest()
+def _made(settings: Settings) -> dict[str, Any]:
+    """All that a run's experts and resident weights begin as. The order of the data has its own check."""
+    names = ("n_experts", "n_envs", "top_k", "layers", "width", "expert_width", "samples_per_env", "dtype", "seed")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _digest(made: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def _difference(model: str, made: dict[str, Any]) -> str:
+    """What a run was begun with, where it is not `made`."""
+    kind, _, described = model.partition(" ")
+    if kind != "synthetic":
+        return f"the run trains {model or 'another model'}, not the synthetic one"
+    before = json.loads(described)
+    differing = [f"{name} {before.get(name)}, not {made[name]}" for name in made if before.get(name) != made[name]]
+    return f"the run was begun with {', '.join(differing)}"
 
 
 def _first(seed: int, layout: RecordLayout) -> Callable[[ExpertKey, memoryview], None]:
@@ -227,7 +261,7 @@ def _without_experts(settings: Settings) -> SyntheticModel:
     return model.to_empty(device="cpu").reset()
 
 
-def _plan(settings: Settings, home: Home, slot_nbytes: int) -> Any:
+def _plan(settings: Settings, slots: int, slot_nbytes: int) -> Any:
     """What `model.moetier.plan` says: the slots as they were asked for."""
     records = settings.layers * settings.n_experts
     workload = Workload(
@@ -241,5 +275,4 @@ def _plan(settings: Settings, home: Home, slot_nbytes: int) -> Any:
         context=1,
         workspace_nbytes=0,
     )
-    slots = min(records, home.host_slots)
     return make_plan(workload, Machine(slots * slot_nbytes), slots)

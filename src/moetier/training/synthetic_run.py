@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from moetier.errors import ConfigError, MoetierError
 from moetier.training.lookahead import Lookahead, Prefetches
+from moetier.training.optimizers import make_optimizer
 from moetier.training.orders import ORDERS
 from moetier.training.samplers import EnvironmentSampler
 from moetier.training.synthetic import SyntheticConfig, SyntheticModel, expert_ranks
@@ -26,7 +27,7 @@ REPORT_VERSION = 1
 HELD_OUT = 16  # samples of every environment
 SHOWN = 10  # steps that the first and the last loss are means of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OPTIMS = ("sgd", "momentum", "adamw")
+OPTIMS = ("sgd", "momentum", "adamw")  # those of torch
 IDLES = ("dense", "skip")
 MOVED = ("read_bytes", "written_bytes", "hits", "uses")
 
@@ -50,7 +51,7 @@ class Settings:
     envs_per_batch: int = 4
     sort_by_expert: bool = False  # over windows of `episode_len` batches
     lookahead: int = 1
-    optim: str = "adamw"
+    optim: str = "adamw"  # of the experts, by name from `optimizers.OPTIMIZERS`
     lr: float = 3e-3
     weight_decay: float = 0.0
     max_grad_norm: float | None = None
@@ -80,7 +81,8 @@ class Settings:
         for name in ("n_experts", "n_envs", "steps", "batch_size", "expert_width", "episode_len", "envs_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        choices = {"sampler": tuple(ORDERS), "optim": OPTIMS, "dtype": tuple(DTYPES), "idle": IDLES}
+        make_optimizer(self.optim)
+        choices = {"sampler": tuple(ORDERS), "dtype": tuple(DTYPES), "idle": IDLES}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}")
@@ -141,15 +143,23 @@ Tell = Callable[[Step, Trained], None]
 
 
 class InMemory:
-    """The control: every expert is an ordinary parameter of a plain model."""
+    """The control: every expert is an ordinary parameter of a plain model.
+
+    `implementation` is that of its experts; the default is transformers' own. With "moetier_reference" (see
+    `reference.py`) the run has the bits of a tiered one.
+    """
 
     first_step = 0
     prefetches = None
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, implementation: str | None = None):
+        if settings.optim not in OPTIMS:
+            raise ConfigError(f"optim: in memory there are {', '.join(OPTIMS)}; {settings.optim!r} is for tiered ones")
         if settings.idle != "dense":
             raise ConfigError("idle: in memory, torch updates all experts in every step; skip is for tiered ones")
         self.model = SyntheticModel(settings.config()).reset().to(DTYPES[settings.dtype])
+        if implementation is not None:
+            self.model.set_experts_implementation(implementation)
         self.optimizer = plain_optimizer(settings, self.model)
         self._max_norm = settings.max_grad_norm
         if self._max_norm is not None:
@@ -175,7 +185,7 @@ class InMemory:
 
 def plain_optimizer(settings: Settings, model: SyntheticModel) -> torch.optim.Optimizer:
     """torch's own, for a model in memory; a parameter without a gradient is updated as with one of zeros."""
-    given: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    given: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
     if settings.optim == "adamw":
         return torch.optim.AdamW(model.parameters(), **given)
     return torch.optim.SGD(model.parameters(), momentum=0.9 if settings.optim == "momentum" else 0.0, **given)
