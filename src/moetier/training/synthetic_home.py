@@ -32,13 +32,14 @@ from moetier.stores.scratch import ScratchStore
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
 from moetier.training.attach import clear_with
+from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
 from moetier.training.gradients import gradient_layout
 from moetier.training.lookahead import CachePrefetch, Lookahead
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer
 from moetier.training.optimizers import make_optimizer
 from moetier.training.proxy import give_proxies
-from moetier.training.session import TrainingSession, small_cache
+from moetier.training.session import TrainingSession
 from moetier.training.synthetic import SyntheticModel, first_weights
 from moetier.training.synthetic_run import DTYPES, Settings
 
@@ -124,11 +125,11 @@ class Tiered:
 
     def _open_run(self, settings: Settings) -> tuple[RunFolder, Path]:
         home, made = self._home, _made(settings)
-        mark = {"model": f"synthetic {json.dumps(made, sort_keys=True)}", "fingerprint": _digest(made)}
+        name, mark = f"synthetic {json.dumps(made, sort_keys=True)}", _digest(made)
         if home.folder is None:
             folder = Path(tempfile.mkdtemp(prefix="moetier-synthetic-"))
             self._opened.callback(shutil.rmtree, folder, ignore_errors=True)
-            run = RunFolder.create(folder, keep=1, **mark)
+            run = RunFolder.create(folder, model=name, fingerprint=mark, keep=1)
         elif home.resume:
             if not RunFolder.exists(home.folder):
                 raise ConfigError(f"resume: {home.folder} holds no run; leave it out to begin one there")
@@ -136,9 +137,9 @@ class Tiered:
         else:
             if RunFolder.exists(home.folder):
                 raise ConfigError(f"resume: {home.folder} holds a run already; resume it, or give another folder")
-            run, folder = RunFolder.create(home.folder, keep=1, **mark), home.folder
+            run, folder = RunFolder.create(home.folder, model=name, fingerprint=mark, keep=1), home.folder
         self._opened.callback(run.close)
-        if run.head.fingerprint != mark["fingerprint"]:
+        if run.head.fingerprint != mark:
             raise ConfigError(f"{folder}: {_difference(run.head.model, made)}; give the same, or another folder")
         return run, folder
 
@@ -256,9 +257,9 @@ def _without_experts(settings: Settings) -> SyntheticModel:
     for layer in model.moe_layers:
         for name in PARTS:
             del layer.experts._parameters[name]
-        layer.experts.config._experts_implementation_internal = NAME
     model.config._experts_implementation_internal = NAME
-    return model.to_empty(device="cpu").reset()
+    model.to_empty(device="cpu")
+    return model.reset()
 
 
 def _plan(settings: Settings, slots: int, slot_nbytes: int) -> Any:

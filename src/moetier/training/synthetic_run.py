@@ -103,8 +103,11 @@ class Trained(Protocol):
     """A model in training, wherever its experts are."""
 
     model: SyntheticModel
-    optimizer: torch.optim.Optimizer
     first_step: int  # steps that were made before, by the run that goes on
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What steps all of the model."""
 
     @property
     def prefetches(self) -> Prefetches | None:
