@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, StaticCache
 
 from families import VOCAB
-from moetier import ConfigError, MoetierError, TieredExpertsConfig, UnsupportedModelError, eventlog
+from moetier import ConfigError, MoetierError, TieredExpertsConfig, eventlog
 from moetier.access import ExpertKey, Phase
 from prepared import ONLINE
 
@@ -259,14 +259,12 @@ def test_events_need_the_option(tiered: Get) -> None:
         tiered(NAME).moetier.events()
 
 
-def test_backward_is_refused(plain: Get, tiered: Get) -> None:
-    """Gradients may be enabled; only asking for them through the experts is an error."""
+def test_gradients_may_be_enabled(plain: Get, tiered: Get) -> None:
     model = tiered(NAME)
     with torch.enable_grad():
         logits = model(**prompt()).logits
+        assert logits.requires_grad
         assert torch.equal(logits.detach(), plain(NAME)(**prompt()).logits)
-        with pytest.raises(UnsupportedModelError, match="backward through tiered experts is not supported"):
-            logits.sum().backward()
     with torch.inference_mode():
         assert torch.equal(model(**prompt()).logits, plain(NAME)(**prompt()).logits)
 

@@ -47,7 +47,6 @@ class Rig:
         state = None
         if states[0] is not None:
             state = small_cache(MemoryStore([each for each in states if each], counts), slots, counts, 1)
-        self.engine.ledger.train_with(type(self.optimizer.settings))
         self.engine.applied = Applied(self.optimizer, state, "dense", when)
 
     def backward(self, layer: int, experts: list[int], seed: int) -> None:

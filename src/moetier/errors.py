@@ -4,6 +4,7 @@ MoetierError
 ├── ConfigError        a flag or argument that cannot be used (unknown policy, bad size)
 ├── CapacityError      a budget below the smallest that works; carries that minimum
 ├── UnsupportedModelError  not an MoE, or a family without the experts interface
+├── StaleGraphError    a backward whose experts were updated since its forward
 ├── ReplayError        an event log whose replay makes other decisions
 └── StoreError         the bytes: missing, damaged or unreadable files
     └── CheckpointError    a checkpoint that is malformed or disagrees with its config
@@ -30,6 +31,10 @@ class CapacityError(MoetierError):
 
 class UnsupportedModelError(MoetierError):
     """The model is not a Mixture-of-Experts model, or its experts cannot be taken out of core."""
+
+
+class StaleGraphError(MoetierError, RuntimeError):
+    """A backward through experts that are not those of its forward any more: they were updated in between."""
 
 
 class ReplayError(MoetierError):

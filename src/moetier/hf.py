@@ -63,34 +63,9 @@ def moetier_experts_forward(
         return torch.empty_like(hidden_states)
     if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
-    run = _ForwardOnly.apply if torch.is_grad_enabled() else _forward
-    result: torch.Tensor = run(self, hidden_states, top_k_index, top_k_weights)
+    tiered, layer = self._moetier
+    result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
     return result
-
-
-def _forward(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    tiered, layer = module._moetier
-    result: torch.Tensor = tiered.forward(layer, module, hidden, index, weights)
-    return result
-
-
-class _ForwardOnly(torch.autograd.Function):
-    """Keeps slot views out of the autograd graph: a slot may hold another expert by the time backward would read it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The tiered forward, without a graph."""
-        return _forward(module, hidden, index, weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        """Refused: there is no evict-safe backward yet."""
-        raise UnsupportedModelError(
-            "backward through tiered experts is not supported yet; run the model under torch.no_grad(), "
-            "or load it without moetier to train it"
-        )
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, moetier_experts_forward)
@@ -138,8 +113,8 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Tiered experts are frozen, unless they are loaded to be trained."""
-        return self.options.train is not None
+        """What stays in memory can be trained; the experts are frozen unless somebody trains them (`Sink`)."""
+        return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Saved as an ordinary checkpoint."""

@@ -148,7 +148,7 @@ class Prefetching:
         access's own thread, without the lock.
         """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None:
+        if stream is None or self.error is not None or access.phase is Phase.BACKWARD:  # predictors go forward
             return {}
         try:
             foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have

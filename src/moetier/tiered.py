@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moetier.access import Access, Phase
-from moetier.cache import ExpertCache
+from moetier.cache import ExpertCache, Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace
@@ -25,6 +26,9 @@ from moetier.profile import Profile
 from moetier.routing import Lever
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
+from moetier.training.autograd import differentiable
+from moetier.training.sink import Sink
+from moetier.training.tape import Tape
 
 if TYPE_CHECKING:
     from moetier.training.session import TrainingSession
@@ -52,6 +56,8 @@ class TieredExperts:
         self.calibration: Calibration | None = None  # what the choice of experts for the CPU rests on
         self.crew: Crew | None = None  # shares small steps on the CPU
         self.training: TrainingSession | None = None  # None: experts are as the checkpoint has them
+        self.sink: Sink | None = None  # trains the experts; None: they are frozen
+        self.tape = Tape()  # forwards whose backward is still to come
         self._one_thread = OneThread()
         self._small = False  # the step that runs
         self._recorder = recorder
@@ -73,19 +79,34 @@ class TieredExperts:
                 "choose the device when loading (device_map), not afterwards"
             )
         if self.watch is not None:
-            self.watch(layer, index, weights, self._phase)
+            self.watch(layer, index, weights.detach(), self._phase)
         if self.lever is not None:
             index, weights = self.lever.drop(layer, index, weights)
+        if torch.is_grad_enabled():
+            return differentiable(self, layer, module, hidden, index, weights)
+        return self.compute(layer, module, hidden, index, weights)[0]
+
+    def compute(
+        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, Access]:
+        """`forward` without a graph, and the access that it was."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
         if isinstance(self.cache, SliceCache):
-            return forward_in_slices(module, hidden, routing, self.cache.slices(access))
+            return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small else None
-        batches = self.cache.batches(access, aside=crew is not None)
-        return forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+        batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
+        if self.sink is not None:
+            batches = self.sink.fresh(access, batches)
+        return forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee), access
+
+    def again(self, access: Access) -> Access:
+        """The access of a backward over the experts of a forward."""
+        self._clock += 1
+        return replace(access, time=self._clock, phase=Phase.BACKWARD)
 
     @property
     def phase(self) -> Phase:
@@ -153,7 +174,7 @@ class TieredExperts:
                 "tokens": self._steps.tokens[phase],
                 **self.overlap(phase).summary(),
             }
-            for phase in Phase
+            for phase in (Phase.PREFILL, Phase.DECODE)
         }
         stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}

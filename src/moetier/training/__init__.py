@@ -1,1 +1,1 @@
-"""Training models whose experts do not fit: gradients, optimizers and their state, record by record."""
+"""Training models whose experts do not fit: backward, gradients, optimizers and checkpoints, record by record."""

@@ -35,15 +35,11 @@ class Ledger:
         self.updates = np.zeros(shape, np.int64)
         self.begun = np.zeros(shape, np.bool_)
         self.versions = np.zeros(shape, np.int64)
-        self._history: list[StepHistory[Settings]] = []
-
-    def train_with(self, kind: type[Settings]) -> None:
-        """Say what kind of settings steps are made with, before the first one."""
-        self._history = [StepHistory(kind) for _ in self.counts]
+        self._history: list[StepHistory[Settings]] = [StepHistory() for _ in counts]
 
     def steps(self, layer: int) -> int:
         """Steps of a layer so far."""
-        return self._history[layer].last if self._history else 0
+        return self._history[layer].last
 
     def begin(self, layer: int, settings: Settings) -> Hyper:
         """Another step of a layer."""
@@ -87,11 +83,11 @@ class Ledger:
             "history": [history.to_json() for history in self._history],
         }
 
-    def load(self, saved: Mapping[str, Any], kind: type[Settings]) -> None:
-        """Take over what `save` gave, of steps with this kind of settings. Raises `StoreError` if it does not fit."""
+    def load(self, saved: Mapping[str, Any], template: Settings) -> None:
+        """Take over what `save` gave, of steps with settings like these. Raises `StoreError` if it does not fit."""
         try:
             tables = {name: np.array(saved[name], np.int64) for name in ("done", "updates", "begun")}
-            history = [StepHistory.from_json(kind, layer) for layer in saved["history"]]
+            history = [StepHistory.from_json(template, layer) for layer in saved["history"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"the checkpoint's books of steps are damaged: {error}") from error
         shape = self.done.shape

@@ -146,10 +146,7 @@ class TieredOptimizer(torch.optim.Optimizer):
 
     def _settings(self) -> list[Settings | None]:
         start = self._records.settings
-        return [
-            None if group is None else type(start).from_group({**start.group(), **group})
-            for group in self._group_of_layer()
-        ]
+        return [None if group is None else start.updated(group) for group in self._group_of_layer()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those of the experts included."""

@@ -91,9 +91,8 @@ class TrainingSession:
             state = small_cache(
                 store, self._slots_of_state(store.slot_nbytes), engine.ledger.counts, self._readers, self._writeback
             )
-        engine.ledger.train_with(type(records.settings))
         if self._saved is not None:
-            engine.ledger.load(self._saved["ledger"], type(records.settings))
+            engine.ledger.load(self._saved["ledger"], records.settings)
         engine.applied = Applied(records, state, idle, update)
         engine.upcoming = optimizer.upcoming
         engine.owes = False
