@@ -141,6 +141,6 @@ class Lookahead:
         sampler = self._sampler()
         if sampler is None:
             raise ConfigError(
-                "this loader cannot be resumed: give it a moetier.training.EnvironmentSampler as its sampler"
+                "this loader cannot be resumed: give it an EnvironmentSampler (moetier.training.samplers)"
             )
         return sampler
