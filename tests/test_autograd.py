@@ -56,14 +56,16 @@ class Layer(torch.autograd.Function):
         twins, inputs, result, names, fields = ctx.state
         twins.sink.gradients.clear()
         twins.evict()
-        hidden, weights = torch.autograd.grad(result, inputs, gradient, retain_graph=True)
+        for tensor in inputs:
+            tensor.grad = None
+        torch.autograd.backward(result, gradient, retain_graph=True)
         stacked = []
         for name, like in zip(names, fields, strict=True):
             of_field = torch.zeros_like(like)
             for key, gradients in twins.sink.gradients.items():
                 of_field[key.expert] = gradients[name]
             stacked.append(of_field)
-        return (None, None, hidden, weights, *stacked)
+        return (None, None, inputs[0].grad, inputs[1].grad, *stacked)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)

@@ -77,9 +77,9 @@ OPTIONS = {
     ),
     "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
     "bench cache": (
-        "--d2h-gbps --device-slots --dirty-share --disk-read-gbps --disk-write-gbps --envs --envs-per-batch "
-        "--episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms --json "
-        "--layers --policy --readers --record-size --sampler --seed --steps --store -h"
+        "--d2h-gbps --device-slots --dirty-limit --dirty-share --disk-read-gbps --disk-write-gbps --envs "
+        "--envs-per-batch --episode-len --experts --experts-per-step --h2d-gbps --help --host-slots --io-latency-ms "
+        "--json --layers --policy --readers --record-size --sampler --seed --steps --store --writeback -h"
     ),
     "bench io": "--help --json --seconds --write-size -h [PATH]",
     "predict evaluate": (

@@ -1,4 +1,4 @@
-"""Norms, clipping and loss scaling: against torch's own, and the same whatever the order and the threads."""
+"""Norms and clipping: against torch's own, and the same whatever the order and the threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from moetier.training.optimizers.clipping import (
     scale_,
     squared_norm,
 )
-from moetier.training.optimizers.scaling import all_finite, inverse_scale, unscale_
 
 FEW = settings(max_examples=40, derandomize=True, deadline=None)
 
@@ -121,26 +120,3 @@ def test_what_cannot_be_used_is_refused() -> None:
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match=r"max_grad_norm: .* must be a number above 0"):
             check_clipping("global", bad)
-
-
-@pytest.mark.parametrize("scale", [65536.0, 3.0, 1.0])
-@pytest.mark.parametrize("bad", [None, math.inf, -math.inf, math.nan])
-def test_unscaling_is_grad_scalers(scale: float, bad: float | None) -> None:
-    gradient = torch.randn(4100, generator=torch.Generator().manual_seed(0)) * scale
-    if bad is not None:
-        gradient[4099] = bad
-    param = torch.nn.Parameter(torch.zeros(4100))
-    param.grad = gradient.clone()
-    optimizer = torch.optim.SGD([param], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    scaler.scale(torch.zeros(()))  # makes the scale
-    scaler.unscale_(optimizer)
-    ours = gradient.clone()
-    assert unscale_([torch.ones(2), ours], inverse_scale(scaler.get_scale())) == (bad is None)
-    assert torch.equal(ours.view(torch.int32), param.grad.view(torch.int32))
-    assert scaler.step(optimizer) is None
-    assert bool(param.detach().any()) == (bad is None)
-
-
-def test_large_but_finite_is_finite() -> None:
-    assert all_finite([torch.full((5000,), 3e38), torch.zeros(0)])

@@ -84,21 +84,19 @@ class Failing:
     """Writes of experts' records fail from the `after`-th on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, code: int, after: int):
-        self.refused = 0
-        self._patch, self._code, self._left = monkeypatch, code, after
-        self._plain = ExtentFile.write
-        monkeypatch.setattr(ExtentFile, "write", self._write)
+        self.refused, left, plain = 0, after, ExtentFile.write
 
-    def _write(self, *args: Any) -> None:
-        self._left -= 1
-        if self._left >= 0:
-            self._plain(*args)
-            return
-        self.refused += 1
-        raise StoreError(f"the experts could not be written: {os.strerror(self._code)}")
+        def write(file: ExtentFile, offset: int, phase: int, data: memoryview) -> None:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                plain(file, offset, phase, data)
+                return
+            self.refused += 1
+            raise StoreError(f"{file.path}: cannot be written: {os.strerror(code)}")
 
-    def end(self) -> None:
-        self._patch.setattr(ExtentFile, "write", self._plain)
+        monkeypatch.setattr(ExtentFile, "write", write)
+        self.end = lambda: monkeypatch.setattr(ExtentFile, "write", plain)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
@@ -161,7 +159,12 @@ def test_what_a_user_can_do_wrong(checkpoint: Get, tmp_path: Path) -> None:
     run.model.zero_grad()  # of the model: the experts' too
     with pytest.raises(moetier.ConfigError, match=r"extra: .* a checkpoint keeps what JSON can"):
         run.model.moetier.commit(extra=object())
-    run.train(range(1), commit_at=(1,))
+    for step in range(2):  # few tokens: most experts are idle
+        with torch.enable_grad():
+            run.model(**batch(step, 1, 2), use_cache=False).loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.model.moetier.commit(scheduler=run.scheduler)
     with pytest.raises(moetier.ConfigError, match="has an optimizer already"):
         moetier.AdamW(run.model)
     run.close()

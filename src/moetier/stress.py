@@ -38,7 +38,8 @@ class Stress:
     """What is run. `experts` counts all records, over `layers` layers; a step is one access to every layer.
 
     `per_step` experts are needed of a layer at a step (fewer where environments share some): `envs_per_batch` tokens,
-    each of its own environment. `dirty_share` is the share of uses that change the record.
+    each of its own environment. `dirty_share` is the share of uses that change the record; `writeback` and
+    `dirty_limit` say when changed records are written (`moetier.writeback`).
     """
 
     experts: int = 2048
@@ -54,6 +55,8 @@ class Stress:
     record_nbytes: int = 256 << 10
     policy: str = "horizon"
     dirty_share: float = 0.1
+    writeback: str = "evict"
+    dirty_limit: int | None = None
     seed: int = 0
 
     def accesses(self) -> list[Access]:
@@ -85,6 +88,11 @@ class Stress:
         """Of the residency core."""
         return [TierConfig(self.device_slots, self.policy), TierConfig(self.host_slots, self.policy)]
 
+    def core(self, kind: type[Residency] = Residency) -> Residency:
+        """A residency core for it."""
+        experts = self.experts // self.layers
+        return kind(self.tiers(), self.layers, experts, None, self.writeback, self.dirty_limit)
+
     def changes(self, access: Access, key: ExpertKey) -> bool:
         """Whether this use changes the record: the same in both modes, whatever happens when."""
         mixed = (access.time * 0x9E3779B97F4A7C15 + (key.layer << 20) + key.expert + self.seed) & (1 << 64) - 1
@@ -107,7 +115,7 @@ def run_real(stress: Stress, store: SyntheticStore, readers: int = 4) -> dict[st
     from moetier.cache import ExpertCache
 
     accesses = stress.accesses()
-    core = Residency(stress.tiers(), stress.layers, stress.experts // stress.layers)
+    core = stress.core()
     gpu = torch.cuda.is_available()
     device: DeviceArena | HostTierArena
     if gpu:
@@ -133,7 +141,7 @@ def run_real(stress: Stress, store: SyntheticStore, readers: int = 4) -> dict[st
         "direct_io": store.direct,
         "store": str(store.folder),
     }
-    return _report(stress, about, accesses, counters["tiers"], named, {"total": seconds, **parts}, check)
+    return _report(stress, about, accesses, counters, named, {"total": seconds, **parts}, check)
 
 
 def _serve(stress: Stress, accesses: Sequence[Access], cache: ExpertCache, store: SyntheticStore) -> int:
@@ -156,7 +164,7 @@ def _serve(stress: Stress, accesses: Sequence[Access], cache: ExpertCache, store
 
 
 def _check(cache: ExpertCache, store: SyntheticStore) -> dict[str, Any]:
-    """Compare every byte: first as the cache gives it, then, of what tier 0 does not hold, as it is on disk."""
+    """Compare every byte: first as the cache gives it, then, after a flush, as it is on disk."""
     import torch
 
     from moetier.stores.diskio import aligned_buffer
@@ -172,17 +180,15 @@ def _check(cache: ExpertCache, store: SyntheticStore) -> dict[str, Any]:
                 words = lease.fields[FIELD]
                 if not pattern.matches(words, lease.key, versions[lease.key]):
                     raise _stale(lease.key, int(words[0]), versions[lease.key], "through the cache")
-    cache.settle()
+    cache.flush()
     buffer = aligned_buffer(store.record_nbytes)
     words = torch.frombuffer(buffer, dtype=torch.int64)
-    resident = cache.core.residents()
-    on_disk = [key for key in versions if key not in resident]
-    for key in on_disk:
+    for key in versions:
         for segment in range(store.segments(key)):
             store.read(key, segment, buffer)
         if not pattern.matches(words, key, versions[key]):
             raise _stale(key, int(words[0]), versions[key], "on disk")
-    return {"ok": True, "records": len(versions), "through_the_cache": len(versions), "on_disk": len(on_disk)}
+    return {"ok": True, "records": len(versions), "through_the_cache": len(versions), "on_disk": len(versions)}
 
 
 def _stale(key: ExpertKey, found: int, wanted: int, where: str) -> MoetierError:
@@ -211,7 +217,8 @@ def run_virtual(stress: Stress, timing: Timing) -> dict[str, Any]:
     experts = stress.experts // stress.layers
     config = SimulationConfig(stress.policy, stress.device_slots, stress.host_slots, timing=timing)
     clock = Clock([stress.tiers()], stress.layers, experts, config, stress.per_step)
-    core = _Changing(stress.tiers(), stress.layers, experts)
+    core = stress.core(_Changing)
+    assert isinstance(core, _Changing)
     core.stress = stress
     clock.caches = [core]
     for link in clock.links:
@@ -224,7 +231,7 @@ def run_virtual(stress: Stress, timing: Timing) -> dict[str, Any]:
         named[name] = (link.copies, link.copies * stress.record_nbytes, list(link.latencies or ()))
     about = {"mode": "virtual clock", "device": "virtual", "timing": asdict(timing)}
     counters: Any = core.counters()
-    return _report(stress, about, accesses, counters["tiers"], named, dict(clock.seconds), None)
+    return _report(stress, about, accesses, counters, named, dict(clock.seconds), None)
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def _report(
     stress: Stress,
     about: dict[str, Any],
     accesses: Sequence[Access],
-    tiers: Sequence[dict[str, Any]],
+    core: dict[str, Any],
     links: dict[str, tuple[int, int, list[float]]],
     seconds: dict[str, float],
     check: dict[str, Any] | None,
@@ -242,15 +249,17 @@ def _report(
     """Counters, timers and bytes, in plain JSON types.
 
     `counters`: hits, lates and misses of both tiers, `disk_read_ops` and `disk_write_ops` (requests), evictions and
-    write-backs of the device tier; `timers`: of each operation count, total, mean, p50 and p99 in seconds (services
-    that overlap count each); `bytes` by the same names; `seconds`: total, and of the compute thread; `check`: what was
-    compared, null without bytes.
+    write-backs of the device tier, records cleaned (written while they stayed) and dirty at the end; `timers`: of each
+    operation count, total, mean, p50 and p99 in seconds (services that overlap count each); `bytes` by the same names;
+    `seconds`: total, and of the compute thread; `check`: what was compared, null without bytes.
     """
+    tiers, writebacks = core["tiers"], core["writebacks"]
     counters: dict[str, int] = {}
     for name, tier in zip(("device", "host"), tiers, strict=True):
         counters |= {f"{name}_{kind}": sum(tier[kind]) for kind in ("hits", "lates", "misses")}
     counters |= {"disk_read_ops": links["disk_read"][0], "disk_write_ops": links["disk_write"][0]}
     counters |= {"evictions": tiers[0]["evictions"], "write_backs": tiers[0]["write_backs"]}
+    counters |= {name: writebacks[name] for name in ("cleaned", "dirty")}
     needs = sum(len(access.keys) for access in accesses)
     total = seconds["total"]
     return {
@@ -265,6 +274,7 @@ def _report(
             for name in ("device", "host")
         },
         "counters": counters,
+        "write_amplification": writebacks["amplification"],
         "timers": {name: summary(latencies) for name, (_, _, latencies) in links.items()},
         "bytes": {name: nbytes for name, (_, nbytes, _) in links.items()},
         "seconds": seconds,

@@ -18,6 +18,7 @@ from moetier.cli.errors import reported
 from moetier.errors import ConfigError
 from moetier.plan import format_size, parse_size
 from moetier.policies import check_online
+from moetier.writeback import make_writeback
 
 app = typer.Typer(help="Measure parts of moetier without a model.", no_args_is_help=True)
 
@@ -86,6 +87,19 @@ def cache(
             metavar="X", min=0.0, max=1.0, help="Share of uses that change the record.", rich_help_panel=_WORK
         ),
     ] = 0.1,
+    writeback: Annotated[
+        str,
+        typer.Option(
+            metavar="POLICY",
+            help="When changed records are written: evict (for their slot), periodic, periodic(every=N,share=X), "
+            "writethrough.",
+            rich_help_panel=_WORK,
+        ),
+    ] = "evict",
+    dirty_limit: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Changed records at a time, at most.", rich_help_panel=_WORK),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the sampler.", rich_help_panel=_WORK)] = 0,
     h2d_gbps: Annotated[float | None, _gbps("--h2d-gbps", 12)] = None,
     d2h_gbps: Annotated[float | None, _gbps("--d2h-gbps", 12)] = None,
@@ -119,6 +133,8 @@ def cache(
         record_nbytes=parse_size(record_size, "--record-size"),
         policy=policy,
         dirty_share=dirty_share,
+        writeback=writeback,
+        dirty_limit=dirty_limit,
         seed=seed,
     )
     virtual = {
@@ -130,6 +146,7 @@ def cache(
     }
     stress.accesses()  # a wrong number is told before anything is written
     check_online(policy)
+    make_writeback(writeback, device_slots)
     console = Console(stderr=True)
     if store is None:
         result = run_virtual(stress, _timing(stress.record_nbytes, virtual, readers))
@@ -197,8 +214,9 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     changes = f", {result['check']['changes']} changes" if result["check"] else ""
     console.print(
-        f"{result['needs']} uses{changes}, {counters['write_backs']} write-backs in {seconds['total']:.2f} s: "
-        f"{result['uses_per_second']:.0f} uses/s, {seconds['wait']:.2f} s of it waiting",
+        f"{result['needs']} uses{changes}, {counters['write_backs']} write-backs, {counters['cleaned']} cleaned "
+        f"({config['writeback']}), in {seconds['total']:.2f} s: {result['uses_per_second']:.0f} uses/s, "
+        f"{seconds['wait']:.2f} s of it waiting",
         markup=False,
         soft_wrap=True,
     )

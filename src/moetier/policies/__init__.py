@@ -27,6 +27,7 @@ from moetier.policies.mrs import MRS
 from moetier.policies.slru import SLRU
 from moetier.policies.static import Static
 from moetier.policies.watermark import Watermark
+from moetier.policies.zigzag import Zigzag
 from moetier.registry import build, find, parse_name
 
 __all__ = [
@@ -93,6 +94,7 @@ POLICIES: dict[str, PolicyFactory] = {
     "slru": SLRU,
     "static": Static,
     "watermark": Watermark,
+    "zigzag": Zigzag,
 }
 
 

@@ -136,6 +136,8 @@ class Clock:
         self._drain()
         if self._dirty and not access.writes:
             access = replace(access, writes=True)
+        if access.writes:
+            self._throttle(number)
         foresee = self._prefetching is not None and self._prefetching.begin(access, self._now)
         ticket = cache.acquire(access)
         hits = len(ticket.ready)
@@ -207,6 +209,13 @@ class Clock:
                 raise MoetierError(f"access {ticket.access.time} waits for copies that nobody makes")
             self.seconds["wait"] += event + wake - self._now
             self._now = event + wake
+
+    def _throttle(self, number: int) -> None:
+        """Before more records change: wait for writes while more are dirty than there may be."""
+        while self.caches[number].writing.throttled and (event := self._mover.next_event()) is not None:
+            self.seconds["wait"] += event - self._now
+            self._now = event
+            self._drain()
 
     def _drain(self) -> None:
         """Tell the caches what has ended, and let go what waited for it."""

@@ -6,6 +6,7 @@ when the last hold is released its pages are free, and the next one to ask may g
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -23,7 +24,7 @@ from moetier.stores.diskio import DiskFile, aligned_buffer
 _SCRATCH = 1 << 20
 _GROWTH = 256 << 20  # a file grows by an eighth of its size, and by this much at most
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class FreeSpace:
@@ -153,6 +154,8 @@ class ExtentFile:
                     self._grow(offset + nbytes)
                 except OSError as error:
                     self._space.give(offset, nbytes)
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(self._fd(), self._size)  # what the disk had set aside already
                     raise _failed(self.path, f"growing it to {offset + nbytes} bytes failed", error) from error
             self._extents[offset] = [nbytes, 1]
             return offset
@@ -163,7 +166,7 @@ class ExtentFile:
             try:
                 os.posix_fallocate(self._fd(), self._size, size - self._size)
             except OSError as error:
-                if error.errno in _FULL and size > needed:
+                if error.errno in FULL and size > needed:
                     continue
                 if error.errno not in _REFUSED:
                     raise
@@ -293,7 +296,7 @@ def _behind(parts: list[memoryview], done: int) -> list[memoryview]:
 
 def _failed(path: Path, what: str, error: OSError) -> StoreError:
     cause = "the file is closed" if error.errno == errno.EBADF else error.strerror or str(error)
-    hint = "; make room on its disk" if error.errno in _FULL else ""
+    hint = "; make room on its disk" if error.errno in FULL else ""
     failure = StoreError(f"{path}: {what}: {cause}{hint}")
     failure.errno = error.errno
     return failure

@@ -14,6 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,12 +25,12 @@ from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.record import RecordLayout
 from moetier.stores import ExpertStore
 from moetier.stores.checkpoint import IOMode
-from moetier.stores.extents import ExtentFile
+from moetier.stores.extents import FULL, ExtentFile
 from moetier.stores.manifest import FamilyTable, Manifest, check_name
 from moetier.stores.packed_index import sync_folder
 from moetier.stores.runfamily import Initial, Records, RunFamily, Verify, same_layouts
 from moetier.stores.runlock import LOCK, FolderLock
-from moetier.stores.runsteps import HEAD, STEPS, Head, Steps, Writer, contents_of
+from moetier.stores.runsteps import HEAD, STEPS, Head, Steps, Writer
 
 
 class RunFolder:
@@ -48,14 +49,17 @@ class RunFolder:
         self._closed = False
         self._lock = FolderLock(folder, write)
         try:
-            self._steps = Steps(folder, self._free)
-            self._at = self._steps.choose(step)
-            if write:
-                self._steps.clear()
-            self._open_families()
-        except BaseException as error:
+            with _explained(folder, "the run cannot be opened"):
+                self._steps = Steps(folder, self._free)
+                self._at = self._steps.choose(step)
+                if write:
+                    self._steps.clear()
+                    for path in folder.glob(".scratch-*.bin"):  # of a process that was killed while it made one
+                        path.unlink(missing_ok=True)
+                self._open_families()
+        except BaseException:
             self.close()
-            raise _named(folder, "the run cannot be opened", error) from error
+            raise
 
     @classmethod
     def create(
@@ -73,22 +77,20 @@ class RunFolder:
         `keep` is how many steps `commit` leaves; None: all. Raises `ConfigError` for a folder that holds something,
         `StoreError` where it cannot be written.
         """
-        folder = Path(folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+        folder, head = Path(folder), Head(model, fingerprint, witness)
+        with _explained(folder, "the run cannot be made"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise ConfigError(f"{folder}: not a folder; give a new or empty one for the run") from None
             present = set(os.listdir(folder))
             if HEAD in present:
                 raise ConfigError(f"{folder}: holds a run already; go on with it (open), or give another folder")
             if present - {LOCK, STEPS, f".{HEAD}.tmp"}:
                 raise ConfigError(f"{folder}: holds other files; give a new or empty folder for the run")
             (folder / STEPS).mkdir(exist_ok=True)
-            head = Head(model, fingerprint, witness)
             head.save(folder)
             sync_folder(folder.absolute().parent)
-        except (FileExistsError, NotADirectoryError):
-            raise ConfigError(f"{folder}: not a folder; give a new or empty one for the run") from None
-        except OSError as error:
-            raise _named(folder, "the run cannot be made", error) from error
         return cls(folder, head, None, keep, True, io)
 
     @classmethod
@@ -111,16 +113,7 @@ class RunFolder:
         """
         folder = Path(folder)
         head = Head.load(folder)
-        if fingerprint is not None and fingerprint != head.fingerprint:
-            raise StoreError(
-                f"{folder / HEAD}: the run trains {head.model or 'another model'}, and not the checkpoint that was "
-                "given; give that one, or another folder for a new run"
-            )
-        if witness is not None and witness != head.witness:
-            raise StoreError(
-                f"{folder / HEAD}: the checkpoint {head.model} was changed since the run began, and the records that "
-                "the run has not written are read from there; restore it, or begin a new run in another folder"
-            )
+        head.check(folder, fingerprint, witness)
         return cls(folder, head, step, keep, write, io)
 
     @staticmethod
@@ -199,10 +192,8 @@ class RunFolder:
                 if tables is not None:
                     self._free(tables)
                 raise
-            try:
+            with _explained(self.folder, f"step {step} could not be committed"):
                 self._at = self._steps.publish(step, tables, extra, attachments)
-            except (OSError, SafetensorError) as error:
-                raise _named(self.folder, f"step {step} could not be committed", error) from error
             if self.keep is not None:
                 self._steps.remove(self._steps.whole[: -self.keep])
 
@@ -243,18 +234,7 @@ class RunFolder:
 
     def attachment(self, step: int, name: str) -> Path:
         """A file that was committed with the step, to be read only. Raises `StoreError` where it is damaged."""
-        manifest = self._step(step)
-        if name not in manifest.attachments:
-            there = ", ".join(sorted(manifest.attachments)) or "none"
-            raise ConfigError(f"attachment: step {step} of {self.folder} has no {name!r}; there are: {there}")
-        path = self.folder / STEPS / manifest.folder / name
-        try:
-            found = contents_of(path)
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}; restore it, or use another step") from error
-        if found != manifest.attachments[name]:
-            raise StoreError(f"{path}: damaged: it does not match its checksum; restore it, or use another step")
-        return path
+        return self._steps.attachment(self._step(step), name)
 
     def drop(self, step: int) -> None:
         """Remove a step; what only it held is free. The one that the run goes on from cannot be dropped."""
@@ -338,12 +318,10 @@ class RunFolder:
     def _new_records(self, name: str, like: FamilyTable) -> Records:
         if not self._write:
             raise ConfigError(f"family {name!r}: step {self.step} of {self.folder} has no such family")
-        try:
+        with _explained(self.folder, f"{_file_name(name)} cannot be made"):
             records = self._records(name, like)
             records.file.trim()  # of a run that was killed before its first step
             sync_folder(self.folder)
-        except OSError as error:
-            raise _named(self.folder, f"{_file_name(name)} cannot be made", error) from error
         return records
 
     def _free(self, tables: Mapping[str, FamilyTable]) -> None:
@@ -352,11 +330,7 @@ class RunFolder:
 
     def _step(self, step: int) -> Manifest:
         self._check_open()
-        for manifest in self._steps.whole:
-            if manifest.step == step:
-                return manifest
-        there = ", ".join(map(str, self.steps())) or "none"
-        raise ConfigError(f"step: {self.folder} has no step {step}; there are: {there}")
+        return self._steps.find(step)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -377,9 +351,14 @@ def _described(layouts: Sequence[RecordLayout], experts: Sequence[int]) -> str:
     return f"{len(layouts)} layers of {max(experts)} experts ({', '.join(sorted(fields))})"
 
 
-def _named(folder: Path, what: str, error: BaseException) -> BaseException:
-    """The error as moetier's own, if it is the system's."""
-    if isinstance(error, MoetierError) or not isinstance(error, (OSError, SafetensorError)):
-        return error
-    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return StoreError(f"{getattr(error, 'filename', None) or folder}: {what}: {cause}")
+@contextmanager
+def _explained(folder: Path, what: str) -> Iterator[None]:
+    """The system's errors as moetier's own."""
+    try:
+        yield
+    except MoetierError:
+        raise
+    except (OSError, SafetensorError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        hint = "; make room on its disk" if getattr(error, "errno", None) in FULL else ""
+        raise StoreError(f"{getattr(error, 'filename', None) or folder}: {what}: {cause}{hint}") from error

@@ -78,6 +78,19 @@ class Head:
             raise StoreError(f"{path}: pages or checksums of another kind; use the moetier that made the run")
         return cls(str(raw["model"]), str(raw["fingerprint"]), str(raw["witness"]))
 
+    def check(self, folder: Path, fingerprint: str | None, witness: str | None) -> None:
+        """Raise `StoreError` unless the run began from this checkpoint, as it is now; None: not compared."""
+        if fingerprint not in (None, self.fingerprint):
+            raise StoreError(
+                f"{folder / HEAD}: the run trains {self.model or 'another model'}, and not the checkpoint that was "
+                "given; give that one, or another folder for a new run"
+            )
+        if witness not in (None, self.witness):
+            raise StoreError(
+                f"{folder / HEAD}: the checkpoint {self.model} was changed since the run began, and the records that "
+                "the run has not written are read from there; restore it, or begin a new run in another folder"
+            )
+
 
 class Steps:
     """The steps of a run. `whole` are those that can be gone on from, by step; `free` is told what is named no more.
@@ -118,17 +131,41 @@ class Steps:
 
         Raises `ConfigError` for a step that is not there, `StoreError` where it, or the last one, is damaged.
         """
-        there = ", ".join(str(item.step) for item in self.whole) or "none"
         newest = self.whole[-1].sequence if self.whole else 0
         for (sequence, number), error in self.damaged.items():
             if number == step or (step is None and sequence > newest):
-                raise StoreError(f"{error}; restore it, or go on from another step (there are: {there})") from error
+                raise StoreError(
+                    f"{error}; restore it, or go on from another step (there are: {self._there()})"
+                ) from error
         if step is None:
             return self.whole[-1] if self.whole else None
+        return self.find(step)
+
+    def find(self, step: int) -> Manifest:
+        """A step that is there, else `ConfigError`."""
         for manifest in self.whole:
             if manifest.step == step:
                 return manifest
-        raise ConfigError(f"step: {self.folder.parent} has no step {step}; there are: {there}")
+        raise ConfigError(f"step: {self.folder.parent} has no step {step}; there are: {self._there()}")
+
+    def _there(self) -> str:
+        return ", ".join(str(item.step) for item in self.whole) or "none"
+
+    def attachment(self, manifest: Manifest, name: str) -> Path:
+        """A file of a step, compared with its checksum. Raises `StoreError` for damage, `ConfigError` for no such."""
+        if name not in manifest.attachments:
+            there = ", ".join(sorted(manifest.attachments)) or "none"
+            raise ConfigError(
+                f"attachment: step {manifest.step} of {self.folder.parent} has no {name!r}; there are: {there}"
+            )
+        path = self.folder / manifest.folder / name
+        try:
+            found = contents_of(path)
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}; restore it, or use another step") from error
+        if found != manifest.attachments[name]:
+            raise StoreError(f"{path}: damaged: it does not match its checksum; restore it, or use another step")
+        return path
 
     def clear(self) -> None:
         """Remove what a writer that was killed left behind. Raises OSError."""

@@ -15,7 +15,7 @@ import torch
 
 from moetier.errors import ConfigError
 from moetier.record import Field
-from moetier.training.optimizers.base import FieldwiseOptimizer, Part
+from moetier.training.optimizers.base import FieldwiseOptimizer, Part, Tensors
 from moetier.training.optimizers.fields import Fields, chunks, untouched
 from moetier.training.optimizers.settings import Hyper, Settings
 
@@ -68,20 +68,21 @@ class Adafactor(FieldwiseOptimizer):
         *batch, rows, columns = field.shape
         return [("row_var", dtype, (*batch, rows, 1)), ("col_var", dtype, (*batch, 1, columns))]
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One step of a field by torch's optimizer; the functional form of this one is private to torch."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One step of all fields by torch's optimizer; the functional form of this one is private to torch."""
         settings = hyper.of(AdafactorSettings)
-        target = param.detach()  # a view of its own, to carry the gradient
-        target.grad = gradient
+        targets = [param.detach() for param in params]  # views of their own, to carry the gradients
         optimizer = torch.optim.Adafactor(
-            [target],
+            targets,
             lr=settings.lr,
             beta2_decay=settings.beta2_decay,
             eps=settings.eps,
             d=settings.d,
             weight_decay=settings.weight_decay,
         )
-        optimizer.state[target] = {"step": torch.tensor(hyper.step - 1, dtype=torch.float32), **state}
+        for target, gradient, state in zip(targets, gradients, states, strict=True):
+            target.grad = gradient
+            optimizer.state[target] = {"step": torch.tensor(hyper.step - 1, dtype=torch.float32), **state}
         optimizer.step()  # type: ignore[no-untyped-call]
 
     def idles(self, hyper: Hyper) -> bool:
@@ -96,7 +97,7 @@ class Adafactor(FieldwiseOptimizer):
         if not (floored and all(bool(torch.isfinite(factor).all()) for factor in state.values())):
             zeros = torch.zeros_like(param)
             for hyper in missed:
-                self.step(param, zeros, state, hyper)
+                self.step([param], [zeros], [state], hyper)
             return True
         if untouched(state) and not decays:
             return False

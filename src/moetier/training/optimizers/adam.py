@@ -5,6 +5,7 @@ Bit-identical to `torch.optim.Adam(fused=True)` and `torch.optim.AdamW(fused=Tru
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch.optim.adam import adam
 
 from moetier.errors import ConfigError
-from moetier.training.optimizers.base import ElementwiseOptimizer
+from moetier.training.optimizers.base import ElementwiseOptimizer, Tensors
 from moetier.training.optimizers.fields import Fields
 from moetier.training.optimizers.settings import Hyper, Settings
 
@@ -53,17 +54,17 @@ class AdamW(ElementwiseOptimizer):
     ):
         super().__init__(AdamSettings(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay), masters)
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One fused step of a field."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One fused step of all fields."""
         settings = hyper.of(AdamSettings)
-        before = torch.full((), hyper.step - 1, dtype=torch.float32, device=param.device)  # torch adds the one
+        before = float(hyper.step - 1)  # torch adds the one
         adam(
-            [param],
-            [gradient],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            list(params),
+            list(gradients),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [before],
+            [torch.full((), before, dtype=torch.float32, device=param.device) for param in params],
             fused=True,
             decoupled_weight_decay=self.decoupled,
             amsgrad=False,

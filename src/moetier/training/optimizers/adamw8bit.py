@@ -1,12 +1,11 @@
-"""AdamW whose moments take one byte per element: block-wise dynamic quantization, by torchao.
+"""AdamW whose moments take one byte per element: block-wise dynamic quantization, by bitsandbytes.
 
-Dettmers et al., arXiv:2110.02861. Bit-identical to `torchao.optim.AdamW8bit` on parameters of the same tensors, run
-eagerly (`torch.compiler.set_stance("force_eager")`); torchao would compile it, which rounds otherwise.
+Dettmers et al., arXiv:2110.02861. Bit-identical to `bitsandbytes.optim.AdamW8bit` on parameters of the same tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,19 +13,18 @@ import torch
 from moetier.errors import ConfigError
 from moetier.record import Field
 from moetier.training.optimizers.adam import AdamSettings
-from moetier.training.optimizers.base import FieldwiseOptimizer, Part
-from moetier.training.optimizers.fields import Fields
+from moetier.training.optimizers.base import FieldwiseOptimizer, Part, Tensors
+from moetier.training.optimizers.fields import Fields, untouched
 from moetier.training.optimizers.settings import Hyper
 
-MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
-BLOCK = 256  # elements that share a scale, torchao's own for 8 bits
-SMALLEST = 4096  # elements; what is smaller, or no whole number of blocks, torchao keeps as it is
+BLOCK = 256  # elements that share a scale, as bitsandbytes has it
+SMALLEST = 4096  # elements; bitsandbytes keeps the moments of smaller fields in fp32
 
 
 class AdamW8bit(FieldwiseOptimizer):
     """AdamW with 8-bit moments: a quarter of AdamW's, for a rounding error at every step.
 
-    Raises `ConfigError` where torchao is not installed.
+    Raises `ConfigError` where bitsandbytes is not installed.
     """
 
     def __init__(
@@ -39,61 +37,59 @@ class AdamW8bit(FieldwiseOptimizer):
         masters: bool = True,
     ):
         super().__init__(AdamSettings(lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay), masters)
-        self._adam, self._moment = _torchao()
-        self._maps: dict[tuple[torch.device, bool], torch.Tensor] = {}
+        self._kernels = _bitsandbytes()
+        self._maps: dict[torch.device, list[torch.Tensor]] = {}
 
     def parts(self, field: Field, dtype: torch.dtype) -> list[Part]:
-        """Codes and scales per moment, or the plain moments of a field that is too small or odd."""
+        """Codes and scales of both moments, or the plain moments of a small field."""
+        if dtype == torch.float64:
+            raise ConfigError(f'field {field.name!r} of the experts is float64, which "adamw8bit" does not train')
         elements = torch.Size(field.shape).numel()
-        if elements < SMALLEST or elements % BLOCK:
-            return [(moment, dtype, field.shape) for moment in MOMENTS]
-        return [
-            part
-            for moment in MOMENTS
-            for part in (
-                (f"{moment}.codes", torch.uint8, field.shape),
-                (f"{moment}.scale", torch.float32, (elements // BLOCK,)),
-            )
-        ]
+        if elements < SMALLEST:
+            return [("state1", torch.float32, field.shape), ("state2", torch.float32, field.shape)]
+        codes: list[Part] = [(name, torch.uint8, field.shape) for name in ("state1", "state2")]
+        scales: list[Part] = [(name, torch.float32, (-(-elements // BLOCK),)) for name in ("absmax1", "absmax2")]
+        return [*codes, *scales]
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One step of a field."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One step, field by field."""
         settings = hyper.of(AdamSettings)
-        moments = [self._wrapped(moment, param, state) for moment in MOMENTS]
-        number, rate = (torch.tensor(value, dtype=torch.float32) for value in (float(hyper.step), settings.lr))
-        decay, eps = settings.weight_decay, settings.eps
-        self._adam(param, gradient, number, *moments, None, rate, *settings.betas, decay, eps, True, False)
+        betas, eps, decay, number, rate = settings.betas, settings.eps, settings.weight_decay, hyper.step, settings.lr
+        for param, gradient, state in zip(params, gradients, states, strict=True):
+            first, second = state["state1"], state["state2"]
+            if "absmax1" not in state:
+                plain = (betas[0], eps, number, rate, second, betas[1], 0.0, 0.0, decay)
+                self._kernels.optimizer_update_32bit("adam", gradient, param, first, *plain)
+                continue
+            scales = (state["absmax1"], state["absmax2"])
+            rest = (*betas, 0.0, 0.0, eps, number, rate, *self._codebooks(param.device), *scales, decay)
+            self._kernels.optimizer_update_8bit_blockwise("adam", gradient, param, first, second, *rest)
 
     def idles(self, hyper: Hyper) -> bool:
         """Moments that are not zero go on moving the weights."""
         return True
 
     def catch_up(self, param: torch.Tensor, state: Fields, missed: Sequence[Hyper]) -> bool:
-        """Every step in full: even zeros change their codes, and a weight of -0.0 its sign."""
+        """Every step in full; of a new state without decay the last: the first gives zeros their codes, that is all."""
         zeros = torch.zeros_like(param)
-        for hyper in missed:
-            self.step(param, zeros, state, hyper)
+        settings = [hyper.of(AdamSettings) for hyper in missed]
+        same = param.device.type == "cpu" and all(each.weight_decay == 0 and each.eps > 0 for each in settings)
+        for hyper in missed[-1:] if same and untouched(state) else missed:
+            self.step([param], [zeros], [state], hyper)
         return True
 
-    def _wrapped(self, moment: str, param: torch.Tensor, state: Fields) -> torch.Tensor:
-        if moment in state:
-            return state[moment]
-        signed = MOMENTS[moment]
-        kind = (param.device, signed)
-        if kind not in self._maps:
-            self._maps[kind] = self._moment.zeros((BLOCK,), signed, BLOCK, param.device).qmap
-        codes, scale = state[f"{moment}.codes"], state[f"{moment}.scale"]
-        wrapped: torch.Tensor = self._moment(codes, scale, self._maps[kind], signed, dtype=param.dtype)
-        return wrapped
+    def _codebooks(self, device: torch.device) -> list[torch.Tensor]:
+        if device not in self._maps:
+            self._maps[device] = [self._kernels.create_dynamic_map(signed=each).to(device) for each in (True, False)]
+        return self._maps[device]
 
 
-def _torchao() -> tuple[Callable[..., None], Any]:
-    """torchao's update of one parameter, and its 8-bit moment."""
+def _bitsandbytes() -> Any:
+    """The functions of bitsandbytes."""
     try:
-        from torchao.optim.adam import single_param_adam
-        from torchao.optim.subclass_8bit import OptimState8bit
+        import bitsandbytes.functional as functional
     except ImportError as error:
         raise ConfigError(
-            f'optimizer "adamw8bit" needs torchao ({error}); install it with: pip install "moetier[lowbit]"'
+            f'optimizer "adamw8bit" needs bitsandbytes ({error}); install it with: pip install "moetier[lowbit]"'
         ) from error
-    return single_param_adam, OptimState8bit
+    return functional

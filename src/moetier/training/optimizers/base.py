@@ -26,10 +26,11 @@ from moetier.training.optimizers.fields import (
 from moetier.training.optimizers.settings import Hyper, Settings
 
 Part = tuple[str, torch.dtype, tuple[int, ...]]  # of a field's state: name, dtype, shape
+Tensors = Sequence[torch.Tensor]
 
 
 class FieldwiseOptimizer(ABC):
-    """An optimizer that updates every field of a record on its own.
+    """An optimizer that updates every field of a record on its own, as if it were a parameter.
 
     `settings` are those that a torch parameter group starts from. With `masters`, half-precision fields are updated in
     an fp32 copy that is part of the state; without, in their own precision, as torch.optim does with such parameters.
@@ -44,8 +45,8 @@ class FieldwiseOptimizer(ABC):
         """The state of a field that is updated in `dtype`, but for the master."""
 
     @abstractmethod
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """Update one field in place. `param`, `gradient` and the parts of `state` are as `parts` was asked for."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """Update fields in place; a gradient has its field's dtype, a state the parts of its field."""
 
     @abstractmethod
     def catch_up(self, param: torch.Tensor, state: Fields, missed: Sequence[Hyper]) -> bool:
@@ -78,9 +79,10 @@ class FieldwiseOptimizer(ABC):
 
     def update(self, weights: Fields, gradients: Fields, state: Fields, hyper: Hyper) -> None:
         """One step, in place. Gradients are cast to the dtype that is updated, if they have another."""
-        for name, weight in weights.items():
-            param = working(name, weights, state)
-            self.step(param, gradients[name].to(param.dtype), self._parts(name, state), hyper)
+        params = [working(name, weights, state) for name in weights]
+        cast = [gradients[name].to(param.dtype) for name, param in zip(weights, params, strict=True)]
+        self.step(params, cast, [self._parts(name, state) for name in weights], hyper)
+        for weight, param in zip(weights.values(), params, strict=True):
             if param is not weight:
                 weight.copy_(param)
 
@@ -134,5 +136,5 @@ class ElementwiseOptimizer(FieldwiseOptimizer):
         for chunk, *moments in chunks([param, *state.values()]):
             parts, zeros = dict(zip(names, moments, strict=True)), self._zeros.like(chunk)
             for hyper in missed:
-                self.step(chunk, zeros, parts, hyper)
+                self.step([chunk], [zeros], [parts], hyper)
         return True

@@ -19,10 +19,10 @@ HALF = (torch.bfloat16, torch.float16)
 TRAINABLE = (torch.float32, torch.float64, *HALF)
 MASTER = "master"
 
-# Elements that are caught up on at a time: on a CPU so few that all missed steps run in its cache, on a GPU so many
-# that kernels are long enough. A multiple of what a vector and a cache line hold, so that where a chunk ends changes no
-# bit; elements beyond the last full vector are computed otherwise, in the last chunk as in the whole tensor.
-CPU_CHUNK = 64 * 1024
+# Elements that are caught up on at a time: so few that the zero gradients take little memory, so many that calling the
+# kernel takes little of its time. A multiple of what a vector and a cache line hold, so that where a chunk ends changes
+# no bit; elements beyond the last full vector are computed otherwise, in the last chunk as in the whole tensor.
+CPU_CHUNK = 256 * 1024
 GPU_CHUNK = 4 * 1024 * 1024
 
 

@@ -5,13 +5,13 @@ Bit-identical to `torch.optim.SGD(fused=True)` on parameters of the same tensors
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.optim.sgd import sgd
 
 from moetier.errors import ConfigError
-from moetier.training.optimizers.base import ElementwiseOptimizer
+from moetier.training.optimizers.base import ElementwiseOptimizer, Tensors
 from moetier.training.optimizers.fields import Fields
 from moetier.training.optimizers.settings import Hyper, Settings
 
@@ -54,12 +54,12 @@ class SGD(ElementwiseOptimizer):
     def __init__(self, lr: float = 1e-3, weight_decay: float = 0.0, masters: bool = True):
         super().__init__(SGDSettings(lr=lr, weight_decay=weight_decay), masters)
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One fused step of a field."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One fused step of all fields."""
         settings = hyper.of(SGDSettings)
         sgd(
-            [param],
-            [gradient],
+            list(params),
+            list(gradients),
             [],
             fused=True,
             weight_decay=settings.weight_decay,
@@ -103,13 +103,13 @@ class Momentum(ElementwiseOptimizer):
             masters,
         )
 
-    def step(self, param: torch.Tensor, gradient: torch.Tensor, state: Fields, hyper: Hyper) -> None:
-        """One fused step of a field."""
+    def step(self, params: Tensors, gradients: Tensors, states: Sequence[Fields], hyper: Hyper) -> None:
+        """One fused step of all fields."""
         settings = hyper.of(MomentumSettings)
-        buffers = [None if hyper.step == 1 else state[BUFFER]]
+        buffers = [None if hyper.step == 1 else state[BUFFER] for state in states]
         sgd(
-            [param],
-            [gradient],
+            list(params),
+            list(gradients),
             buffers,
             fused=True,
             weight_decay=settings.weight_decay,
@@ -120,9 +120,9 @@ class Momentum(ElementwiseOptimizer):
             maximize=False,
         )
         if hyper.step == 1:
-            first = buffers[0]
-            assert first is not None  # torch made it
-            state[BUFFER].copy_(first)
+            for state, made in zip(states, buffers, strict=True):
+                assert made is not None  # by torch
+                state[BUFFER].copy_(made)
 
     def idles(self, hyper: Hyper) -> bool:
         """A buffer that is not zero goes on moving the weights."""
