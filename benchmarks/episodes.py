@@ -48,7 +48,7 @@ TINY: dict[str, Any] = {
     "expert_width": 24,
     "samples_per_env": 16,
     "batch_size": 4,
-    "steps": 16,
+    "steps": 8,
 }
 SHARE = 0.25  # of the experts that have a slot, of each kind of record
 

@@ -48,11 +48,29 @@ def test_in_memory(tmp_path: Path) -> None:
     assert found["per_step"]["read_bytes"] == 0 and found["caches"] == {}
 
 
+def test_tiered(tmp_path: Path) -> None:
+    folder, args = tmp_path / "run", ("--host-slots", 6, "--optim", "sgd", "--lr", 0.1)
+    shown = said(call(*args, "--steps", 8, "--run", folder, "--device-slots", 3, "--writeback", "writethrough"))
+    assert re.search(r"weights, tier 0 \d+\.\d % 3 slots; \d+ hits", shown) and "weights, tier 1" in shown
+    assert "gradients" in shown and re.search(r"written [\d.]+ [KM]iB a step", shown)
+    assert "holds a run already" in said(call(*args, "--steps", 12, "--run", folder, code=2))
+    rest = report(tmp_path, *args, "--steps", 12, "--run", folder, "--resume", "--no-prefetch")
+    whole = report(tmp_path, *args[2:], "--steps", 12, "--host-memory", "1MiB")
+    assert rest["steps"]["loss"] == whole["steps"]["loss"][8:]
+    assert whole["caches"]["weights"]["tiers"][0]["evictions"] == 0
+    shown = said(call(*args, "--steps", 20, "--run", folder, "--resume", "--seed", 4, code=2))
+    assert "the run was begun with seed 0, not 4" in shown
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [
+        (("--host-slots", 4, "--host-memory", "1GiB"), "give one"),
+        (("--host-memory", "lots"), "--host-memory"),
+        (("--writeback", "never"), "write-back policy"),
+        (("--resume", "--run", "/nowhere/there"), "holds no run"),
         (("--sampler", "random"), "choose one of iid, episode"),
-        (("--optim", "lion"), "choose one of sgd, momentum, adamw"),
+        (("--optim", "lion"), "lion"),
         (("--idle", "never"), "choose one of dense, skip"),
         (("--dtype", "int8"), "float32, bfloat16"),
         (("--envs-per-batch", 4), "shared by 4 environments"),
@@ -68,6 +86,10 @@ def test_in_memory(tmp_path: Path) -> None:
 )
 def test_mistakes(args: tuple[object, ...], named: str) -> None:
     assert named in said(call(*args, code=2))
+
+
+def test_a_budget_below_one_expert() -> None:
+    assert "--host-memory 1.0 KiB" in said(call("--host-memory", "1KiB", code=3))
 
 
 def test_the_line() -> None:
