@@ -263,15 +263,19 @@ class ExpertCache:
         with self._condition:
             return self.core.holding(keys)
 
-    def prefetch(self, keys: Iterable[ExpertKey], displace: bool = False) -> int:
-        """Begin to load those of `keys` that are not there, in this order; how many loads began.
+    def prefetch(self, keys: Iterable[ExpertKey], displace: bool = False, most: int | None = None) -> int:
+        """Begin to load those of `keys` that are not there, in this order, at most `most`; how many loads began.
 
         Into free slots, or with `displace` also over what the policy would evict; see `Residency.prefetch`.
         """
+        began = 0
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
-            began = sum(not self.core.holds(key) and self.core.prefetch(key, displace) for key in keys)
+            for key in keys:
+                if began == most:
+                    break
+                began += not self.core.holds(key) and self.core.prefetch(key, displace)
             self._start_orders()
         return began
 

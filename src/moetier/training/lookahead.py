@@ -31,7 +31,7 @@ class Prefetches(Protocol):
 
 
 class CachePrefetch:
-    """Prefetches into an `ExpertCache`, at most `most` experts a batch (default: half of its slots of tier 0).
+    """Prefetches into an `ExpertCache`, at most `most` experts before a batch (default: half of its slots of tier 0).
 
     With `displace` they take the slots of the policy's victims; else free slots only, which a cache that has run for a
     while no longer has. What is leased, waited for, pinned or just loaded is never displaced.
@@ -45,8 +45,8 @@ class CachePrefetch:
             raise ConfigError(f"most: at least 1 expert a batch, got {most}")
 
     def prefetch(self, keys: Sequence[ExpertKey]) -> int:
-        """Begin to load the first of `keys`."""
-        return self.cache.prefetch(keys[: self.most], self.displace)
+        """Begin to load those of `keys` that are not there."""
+        return self.cache.prefetch(keys, self.displace, self.most)
 
 
 class Lookahead:
