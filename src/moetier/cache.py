@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moetier.pinning import WarmPinning
     from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
-    from moetier.stream_ahead import StreamAhead
+    from moetier.stream_ahead import Ahead
     from moetier.timeline import AccessProbe, Timeline
 
 
@@ -93,7 +93,7 @@ class ExpertCache:
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
         self.probe: Timeline | None = None  # records a timeline of every access
-        self.ahead: StreamAhead | None = None  # starts the next layer of a prefill
+        self.ahead: Ahead | None = None  # starts the next layer of a prefill, or of a training step
         self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
         self._unsaved: dict[ExpertKey, BaseException] = {}  # changed records that could not be written home

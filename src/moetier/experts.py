@@ -17,7 +17,9 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.cache import Lease
-from moetier.crew import MAX_ROWS, Crew
+from moetier.crew import Crew, Task
+from moetier.products import MAX_ROWS
+from moetier.stores.slices import GRANULE, divide, least_outputs
 
 Fields = dict[str, torch.Tensor]
 # neighbouring experts: which of the access's experts, in ascending order, and its fields
@@ -74,8 +76,8 @@ class Routing:
             self.order = torch.arange(self.top_k)
             self.weights = weights.reshape(-1)
             if with_mass:
-                gates = self.weights.detach().tolist()
-                self.mass = tuple(gates[number] for number in self.number.values())
+                mass = self.weights.detach().tolist()
+                self.mass = tuple(mass[number] for number in self.number.values())
             return
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
@@ -92,8 +94,8 @@ class Routing:
             self.tokens = tuple(end - begin for begin, end in pairwise(edges))
             if gates is not None:
                 one_each = len(self.tokens) == len(experts)
-                mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
-                self.mass = tuple(mass.tolist())
+                sums = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
+                self.mass = tuple(sums.tolist())
 
     def _take(self, index: torch.Tensor) -> bool:
         """Number one token's experts as they stand; False if one of them stands there twice."""
@@ -143,7 +145,9 @@ def forward_from_leases(
         if math is None:
             math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
-        if crew is None or len(batch) == 1:
+        if crew is not None and crew.cuts and len(batch) == 1 and routing.tokens[runs[0][0][0]] == 1:
+            math.compute_shared(*runs[0][0], crew, aside)
+        elif crew is None or len(batch) == 1:
             for run in runs:
                 math.compute(run)
         else:
@@ -196,6 +200,34 @@ class _Math:
         for (number, fields), x in zip(run, parts, strict=True):
             bias = fields.get("down_proj_bias")
             _linear(x, fields["down_proj"], bias, transposed, self._downs[number])
+
+    def compute_shared(self, number: int, fields: Fields, crew: Crew, aside: Callable[[], None] | None) -> None:
+        """One expert of one row, alone: the crew shares the outputs of its matrices."""
+        module, out = self.module, self._ups[number]
+        weight, bias = fields[self.up_name], fields.get(self.up_bias)
+        crew.run(_parts(self._rows[number], weight, bias, out, crew.helpers + 1), aside)
+        h = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+        weight, bias = fields["down_proj"], fields.get("down_proj_bias")
+        crew.run(_parts(h.to(self.down.dtype), weight, bias, self._downs[number], crew.helpers + 1))
+
+
+def _parts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, parts: int
+) -> list[Task]:
+    """The product as so many products of some outputs each, for weights [outputs, inputs]."""
+    outputs = len(weight)
+    most = max(least_outputs(outputs), -(-outputs // parts // GRANULE) * GRANULE)
+    return [
+        partial(
+            _linear,
+            x,
+            weight[part.start : part.stop],
+            None if bias is None else bias[part.start : part.stop],
+            False,
+            out[:, part.start : part.stop],
+        )
+        for part in divide(outputs, most)
+    ]
 
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:

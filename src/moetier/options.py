@@ -27,7 +27,7 @@ class Options:
     names from `moetier.POLICIES`. `readers` are threads that read the disk (by default one per core, from two to four);
     `io` is auto, direct or buffered. `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes
     and shapes whose products do not depend on the number of threads), by "products" (torch's own way), or "auto":
-    experts where that is exact.
+    where both have the same bits, whichever turns out to be faster.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).
@@ -39,7 +39,8 @@ class Options:
     `train` is the folder of a training run: a new one, or one to go on with, from its last checkpoint or from
     `train_step` (docs/training.md). `slots` are then those of weights; `state_slots` and `gradient_slots` those of
     optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
-    `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder.
+    `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder. Left alone, `policy` is "zigzag"
+    in training.
     """
 
     device_memory: str | int | None = None

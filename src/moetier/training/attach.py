@@ -15,6 +15,7 @@ from moetier.errors import ConfigError, UnsupportedModelError
 from moetier.mapping import LayerMap
 from moetier.options import Options
 from moetier.plan import make_plan
+from moetier.prefetch_binding import OFF
 from moetier.record import PAGE, RecordLayout, round_up
 from moetier.residency import Residency
 from moetier.saving import save_streaming
@@ -24,6 +25,7 @@ from moetier.stores.scratch import ScratchStore
 from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
+from moetier.training.ahead import StepAhead
 from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
@@ -56,7 +58,7 @@ def attach_training(
         base = open_store(packed, shards, maps, options)
         opened.insert(0, base)
         store = run.family("weights", layouts, experts=counts, base=base)
-        config = configure(division.weights, store.records, len(counts), top_k, options.policy, "always")
+        config = configure(division.weights, store.records, len(counts), top_k, policy_of(options), "always")
         core = Residency([config], len(counts), max(counts), writeback=options.writeback)
         weights = ExpertCache(store, core, HostArena(division.weights, store.slot_nbytes), readers=options.readers)
         opened[0] = weights
@@ -74,9 +76,16 @@ def attach_training(
         raise
     tiered = TieredExperts(weights, plan, maps, None)
     tiered.training, tiered.sink = session, engine
+    if division.weights < store.records and options.prefetch != OFF:
+        weights.ahead = StepAhead(core, tuple(counts), tiered.tape.coming)
     bind(model, modules, tiered)
     save_streaming(model, shards, maps, changed=engine.settled)
     clear_with(model, engine)
+
+
+def policy_of(options: Options) -> str:
+    """The eviction policy of weights: the order of a training step, unless another than the usual was asked for."""
+    return "zigzag" if options.policy == Options.__dataclass_fields__["policy"].default else options.policy
 
 
 def one_device(model: Any) -> torch.device:

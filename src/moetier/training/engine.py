@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -27,6 +27,7 @@ from moetier.training.leases import together
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
+from moetier.training.optimizers.usage import Usage
 from moetier.training.proxy import Proxy
 
 Scale = Callable[[ExpertKey, float], float]
@@ -42,6 +43,7 @@ class Applied:
     state: ExpertCache | None  # None: the optimizer has no state
     idle: Idle = "dense"
     when: When = "step"
+    usage: Usage | None = None  # where the optimizer depends on how often an expert is used
 
 
 @dataclass
@@ -109,7 +111,7 @@ class TrainingEngine:
         applied = self.applied
         if not keys or applied is None:
             return
-        ledger, optimizer = self.ledger, applied.optimizer
+        ledger = self.ledger
         if applied.idle == "skip":
             for key in keys:
                 ledger.caught_up(key, False)
@@ -117,6 +119,7 @@ class TrainingEngine:
         owed = {key: ledger.owed(key) for key in keys}
         due = []
         for key in keys:
+            optimizer = self._optimizer(key)
             if any(optimizer.idles(hyper) for hyper in owed[key]):
                 due.append(key)
             else:
@@ -124,7 +127,7 @@ class TrainingEngine:
         try:
             with torch.no_grad():
                 for key, records in self._records(layer, due):
-                    changed = optimizer.idle(records.weights.fields, records.states, owed[key])
+                    changed = self._optimizer(key).idle(records.weights.fields, records.states, owed[key])
                     records.keep(changed)
                     ledger.caught_up(key, changed)
         except BaseException as error:
@@ -215,6 +218,7 @@ class TrainingEngine:
         squares = self.gradients.squares[layer]
         self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
         hyper = self.ledger.begin(layer, settings)
+        self._count(squares, hyper)
         for key, records in self._records(layer, sorted(squares), self.gradients.cache):
             assert records.gradients is not None
             fields = records.gradients.fields
@@ -228,8 +232,26 @@ class TrainingEngine:
         ledger = self.ledger
         if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
             hyper = hyper.at(int(ledger.updates[key]) + 1)
-        self.applied.optimizer.update(records.weights.fields, gradients, records.states, hyper)
+        self._optimizer(key).update(records.weights.fields, gradients, records.states, hyper)
         ledger.updated(key)
+
+    def _count(self, keys: Iterable[ExpertKey], hyper: Hyper) -> None:
+        """Experts are used in a step of their layer; before it is decided how they are updated."""
+        assert self.applied is not None
+        if self.applied.usage is not None:
+            for key in keys:
+                self.applied.usage.count(key, hyper.step)
+
+    def _optimizer(self, key: ExpertKey) -> RecordOptimizer:
+        """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
+        applied = self.applied
+        assert applied is not None
+        return applied.optimizer if applied.usage is None else applied.optimizer.part(applied.usage.share(key))
+
+    def usage(self) -> Any:
+        """How often experts are used, for a checkpoint; None where nobody asks."""
+        usage = None if self.applied is None else self.applied.usage
+        return None if usage is None else usage.to_json()
 
     # -- updates during backward ---------------------------------------------------------------------------------------
 
@@ -252,6 +274,7 @@ class TrainingEngine:
                 assert own is not None
                 self._begun[layer] = (self.ledger.begin(layer, own), scale)
             hyper, scale = self._begun[layer]
+            self._count([key], hyper)
             scale_(gradients.values(), scale(key, squares[key]))
             for _, records in self._records(layer, [key]):
                 self._update(key, records, gradients, hyper)
@@ -282,11 +305,22 @@ class TrainingEngine:
     def _records(
         self, layer: int, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None
     ) -> Iterator[tuple[ExpertKey, Records]]:
-        """The records of every key, the state begun, marked as changed."""
+        """The records of every key, the state begun, marked as changed; first those whose state is not needed."""
+        assert self.applied is not None
+        state = self.applied.state
+        if state is not None and self.applied.usage is not None:
+            layout = self.weights.store.layout(layer)
+            needs = {key: self._optimizer(key).state_layout(layout) is not None for key in keys}
+            yield from self._leased(layer, [key for key in keys if not needs[key]], None, gradients)
+            keys = [key for key in keys if needs[key]]
+        yield from self._leased(layer, keys, state, gradients)
+
+    def _leased(
+        self, layer: int, keys: Sequence[ExpertKey], state: ExpertCache | None, gradients: ExpertCache | None
+    ) -> Iterator[tuple[ExpertKey, Records]]:
         if not keys:
             return
         assert self.applied is not None
-        state = self.applied.state
         caches = [cache for cache in (state, self.weights, gradients) if cache is not None]
         for leases in together(layer, keys, *caches):
             left = list(leases)
@@ -294,7 +328,7 @@ class TrainingEngine:
             records = Records(left.pop(0), own, left.pop() if left else None)
             records.keep(True)
             key = records.weights.key
-            records.begun = not self.ledger.begun[key]
+            records.begun = state is self.applied.state and not self.ledger.begun[key]
             if records.begun:
                 self.applied.optimizer.begin(records.weights.fields, records.states)
                 self.ledger.begun[key] = True
