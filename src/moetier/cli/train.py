@@ -117,7 +117,7 @@ def synthetic(
             metavar="SIZE", help="Host memory for all three, instead of --host-slots.", rich_help_panel=_MEMORY
         ),
     ] = None,
-    policy: o.Policy = "horizon",
+    policy: o.Policy = "zigzag",
     writeback: Annotated[
         str,
         typer.Option(

@@ -31,6 +31,7 @@ from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
+from moetier.training.ahead import StepAhead
 from moetier.training.attach import clear_with
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
@@ -61,7 +62,7 @@ class Home:
     device_slots: int | None = None
     host_slots: int | None = 64
     host_memory: int | None = None
-    policy: str = "horizon"
+    policy: str = "zigzag"
     writeback: str = "evict"
     prefetch: bool = True
     readers: int = 2
@@ -116,6 +117,8 @@ class Tiered:
         tiered = TieredExperts(self._weights, _plan(settings, slots, store.slot_nbytes), [], None)
         tiered.training, tiered.sink = self._session, engine
         self._engine = engine
+        if home.prefetch and slots < sum(counts):
+            self._weights.ahead = StepAhead(self._weights.core, tuple(counts), tiered.tape.coming)
         bind(self.model, modules, tiered)
         clear_with(self.model, engine)
         self.optimizer = tiered_optimizer(settings, self.model)
@@ -150,7 +153,7 @@ class Tiered:
         configs = [
             configure(min(n, records), records, len(counts), settings.top_k, home.policy, "always") for n in sizes
         ]
-        core = Residency(configs, len(counts), max(counts))
+        core = Residency(configs, len(counts), max(counts), writeback=home.writeback)
         host = HostArena(configs[-1].slots, store.slot_nbytes)
         device = HostTierArena(configs[0].slots, store.slot_nbytes) if len(configs) > 1 else None
         cache = ExpertCache(store, core, host, device, home.readers)
