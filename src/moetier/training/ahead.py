@@ -36,6 +36,9 @@ class StepAhead:
 
     def demanded(self, access: Access) -> None:
         """After `acquire`: what was loaded for it has been found, or will not be wanted. The next one begins."""
+        if access.part is Part.UPDATE:  # maybe in passing, of experts that catch up before a forward
+            self._started.difference_update(access.keys)
+            return
         self._prefill.demanded(access)
         for key in sorted(self._started.difference(access.keys)):
             self._core.cancel(key)
@@ -47,7 +50,7 @@ class StepAhead:
         """After a release, when no expert of the access waits for a slot any more."""
         if access.part is Part.SERVE:
             self._prefill.released(access)
-        else:
+        elif access.part is not Part.UPDATE:
             self._issue()
 
     def _after(self, access: Access) -> list[ExpertKey]:

@@ -16,7 +16,8 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.errors import ConfigError
-from moetier.training.engine import Idle, Scale, TrainingEngine, When
+from moetier.training.applied import Idle, When
+from moetier.training.engine import Scale, TrainingEngine
 from moetier.training.optimizers import RecordOptimizer, Settings, make_optimizer
 from moetier.training.optimizers.adam import AdamW as RecordAdamW
 from moetier.training.optimizers.clipping import (

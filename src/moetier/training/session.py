@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from moetier.errors import CapacityError, ConfigError, StoreError
 from moetier.plan import format_size
 from moetier.stores.runfolder import RunFolder
+from moetier.training.applied import Applied, Idle, When
 from moetier.training.caches import small_cache
-from moetier.training.engine import Applied, Idle, TrainingEngine, When
+from moetier.training.engine import TrainingEngine
 from moetier.training.optimizers import RecordOptimizer
 from moetier.training.snapshots import (
     OPTIMIZER,
     RANDOM,
     RESIDENT,
+    TensorFile,
     check_json,
-    load_tensors,
     optimizer_snapshot,
     plain,
     random_snapshot,
@@ -63,8 +64,7 @@ class TrainingSession:
         if at is not None:
             self._saved = _checked(run.extra(at), run)
             self.step = int(self._saved["step"])
-            path = run.attachment(at, RESIDENT)
-            restore_resident(model, load_tensors(path), path)
+            restore_resident(model, TensorFile(run.attachment(at, RESIDENT)))
         engine.owes = self._saved is not None and bool(self._saved["owes"])
 
     # -- the optimizer -------------------------------------------------------------------------------------------------
@@ -185,11 +185,10 @@ class TrainingSession:
                 f"resume: the checkpoint was made with the parts {sorted(saved['parts'])}, given are {sorted(given)}; "
                 "give the same"
             )
-        path = self.run.attachment(at, OPTIMIZER)
-        restore_optimizer(self._optimizer, load_tensors(path), saved["optimizer"], path)
+        restore_optimizer(self._optimizer, TensorFile(self.run.attachment(at, OPTIMIZER)), saved["optimizer"])
         for name in given:
             parts[name].load_state_dict(saved["parts"][name])
-        restore_random(load_tensors(self.run.attachment(at, RANDOM)), saved["random"])
+        restore_random(TensorFile(self.run.attachment(at, RANDOM)), saved["random"])
         return {"step": self.step, "extra": saved["extra"]}
 
     def close(self) -> None:
