@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -262,6 +262,22 @@ class ExpertCache:
         """Which of these are in the fastest tier, or on their way there."""
         with self._condition:
             return self.core.holding(keys)
+
+    def prefetch(self, keys: Iterable[ExpertKey], displace: bool = False, most: int | None = None) -> int:
+        """Begin to load those of `keys` that are not there, in this order, at most `most`; how many loads began.
+
+        Into free slots, or with `displace` also over what the policy would evict; see `Residency.prefetch`.
+        """
+        began = 0
+        with self._condition:
+            if self._closed:
+                raise MoetierError("the expert cache is closed")
+            for key in keys:
+                if began == most:
+                    break
+                began += not self.core.holds(key) and self.core.prefetch(key, displace)
+            self._start_orders()
+        return began
 
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
