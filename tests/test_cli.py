@@ -89,6 +89,13 @@ OPTIONS = {
     "predict train": (
         "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE"
     ),
+    "train synthetic": (
+        "--batch-size --commit-every --device-slots --dtype --envs-per-batch --episode-len --expert-width --help "
+        "--host-memory --host-slots --idle --in-memory --json --layers --lookahead --lr --max-grad-norm --n-envs "
+        "--n-experts --no-prefetch --optim --policy --prefetch --quiet --readers --resume --run --sampler "
+        "--samples-per-env --seed --sort-by-expert --steps --threads --top-k --weight-decay --width --writeback "
+        "-h -q"
+    ),
     "study ebco": "--help --json --markdown --scale --seed -h [TRACE]",
     "trace record": (
         "--batch --chunk --device --device-memory --dtype --generate --help --host-memory --mode "

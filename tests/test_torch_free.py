@@ -24,6 +24,7 @@ MODULES += [
     "threads",
     "overlap",
     "timeline",
+    "training.orders",
     "perfetto",
     "predictors",
     "predictors.evaluate",

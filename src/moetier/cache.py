@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -157,6 +157,8 @@ class ExpertCache:
             self._to_foresee.pop(threading.get_ident(), None)
             with self._condition:
                 self._owners.pop(ticket.number, None)
+                if not self._owners:
+                    self._errors.clear()  # nobody is left to be told
                 for lease in held:
                     if self.device is not None and not lease.in_place:
                         self.device.used(lease.slot)
@@ -263,10 +265,27 @@ class ExpertCache:
         with self._condition:
             return self.core.holding(keys)
 
+    def prefetch(self, keys: Iterable[ExpertKey], displace: bool = False, most: int | None = None) -> int:
+        """Begin to load those of `keys` that are not there, in this order, at most `most`; how many loads began.
+
+        Into free slots, or with `displace` also over what the policy would evict; see `Residency.prefetch`.
+        """
+        began = 0
+        with self._condition:
+            if self._closed:
+                raise MoetierError("the expert cache is closed")
+            for key in keys:
+                if began == most:
+                    break
+                began += not self.core.holds(key) and self.core.prefetch(key, displace)
+            self._start_orders()
+        return began
+
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
 
-        Raises what a write-back that failed met; its record stays where it was, changed.
+        Raises what a write-back that failed met; its record stays where it was, changed. Failed reads are not raised:
+        who wanted them was told, and nothing is lost.
         """
         with self._condition:
             while True:
@@ -274,9 +293,8 @@ class ExpertCache:
                 if not self.core.busy:
                     break
                 self._condition.wait()
-            failed, self._errors = [*self._errors.values(), *self._unsaved.values()], {}
-            self._unsaved = {}
-        for error in failed:
+            failed, self._unsaved = self._unsaved, {}
+        for error in failed.values():
             raise error
 
     def flush(self) -> None:

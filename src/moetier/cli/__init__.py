@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import typer
 
-from moetier.cli import bench, benchio, demo, evaluate, packing, plan, predict, run, simulate, study, trace, tune
+from moetier.cli import bench, benchio, demo, evaluate, packing, plan, predict, run, simulate, study, trace, train, tune
 from moetier.cli.errors import EXIT_CODES, Program
 
 _EXIT_CODES = "Exit codes: 0 done; 1 the plan does not work, or another error; "
@@ -46,6 +46,7 @@ app.add_typer(bench.app, name="bench")
 app.add_typer(predict.app, name="predict")
 app.add_typer(study.app, name="study")
 app.add_typer(trace.app, name="trace")
+app.add_typer(train.app, name="train")
 
 
 @app.callback(invoke_without_command=True)

@@ -62,7 +62,8 @@ class LayerBackward:
         fields = {name: lease.fields[name] for name in self._names}
         if lease.in_place:  # the CPU may have had it in forward; here the device computes everything
             fields = {name: field.to(self._rows.device) for name, field in fields.items()}
-        fields = {name: field.detach().requires_grad_(trained) for name, field in fields.items()}
+        # not detach(): its check for changes is of the whole arena, and other slots are filled meanwhile
+        fields = {name: field.data.requires_grad_(trained) for name, field in fields.items()}
         rows = self._rows[part].detach().requires_grad_(self.needs.hidden)
         way = self._through_norm if self.module.has_post_expert_norm else self._through_down
         found = way(number, rows, fields, part, trained)
