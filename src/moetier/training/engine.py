@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,7 @@ from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError, MoetierError
 from moetier.stores import ExpertStore
 from moetier.training.gradients import Fields, Gradients
-from moetier.training.leases import together
+from moetier.training.leases import read_again, together
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
@@ -304,6 +304,23 @@ class TrainingEngine:
         """Write everything changed home: weights and states. Raises `StoreError`."""
         for cache in self._kept():
             cache.flush()
+
+    def rewind(self, home: Callable[[], None], ledger: Mapping[str, Any]) -> None:
+        """Have the experts as they are at home after `home()` took that back to a step with these books.
+
+        Graphs of forwards before it must not be used any more.
+        """
+        self.check()
+        self.flush()  # nothing is on its way home then, and nothing is changed
+        assert self.applied is not None
+        try:
+            home()
+            self.ledger.load(ledger, self.applied.optimizer.settings)
+            for cache in self._kept():
+                read_again(cache, self.ledger.counts)
+        except BaseException as error:
+            self._broken = error
+            raise
 
     def settled(self) -> ExpertStore:
         """The store of the weights, with every expert in it as it is by now, none of which owes a step."""

@@ -59,13 +59,17 @@ class TrainingSession:
         self._kind = ""
         self._saved: dict[str, Any] | None = None
         self._resumed = False
-        at = run.step
-        if at is not None:
-            self._saved = _checked(run.extra(at), run)
-            self.step = int(self._saved["step"])
-            path = run.attachment(at, RESIDENT)
-            restore_resident(model, load_tensors(path), path)
+        self._begin()
         engine.owes = self._saved is not None and bool(self._saved["owes"])
+
+    def _begin(self) -> None:
+        """Be at the step that the run is at: its books and its resident weights."""
+        at = self.run.step
+        if at is not None:
+            self._saved = _checked(self.run.extra(at), self.run)
+            self.step = int(self._saved["step"])
+            path = self.run.attachment(at, RESIDENT)
+            restore_resident(self.model, load_tensors(path), path)
 
     # -- the optimizer -------------------------------------------------------------------------------------------------
 
@@ -186,8 +190,39 @@ class TrainingSession:
         restore_optimizer(self._optimizer, load_tensors(path), saved["optimizer"], path)
         for name in given:
             parts[name].load_state_dict(saved["parts"][name])
-        restore_random(load_tensors(self.run.attachment(at, RANDOM)), saved["random"])
+        self.restore_generators()
         return {"step": self.step, "extra": saved["extra"]}
+
+    def restore_generators(self) -> None:
+        """Set all random generators as they were at the checkpoint that training goes on from."""
+        if self._saved is not None and self.run.step is not None:
+            restore_random(load_tensors(self.run.attachment(self.run.step, RANDOM)), self._saved["random"])
+
+    @property
+    def resumed(self) -> bool:
+        """Whether `resume` was called."""
+        return self._resumed
+
+    def extra(self, step: int) -> Any:
+        """What was given as `extra` when a step was committed."""
+        return _checked(self.run.extra(step), self.run)["extra"]
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step of the run, in this process; everything since is undone. Then call `resume`.
+
+        Later steps stay until the next commit, as when the run is opened at a step. Raises `ConfigError` for a step
+        that is not there, `StoreError` where records cannot be read; the model must then be loaded again.
+        """
+        optimizer, applied = self._optimizer, self.engine.applied
+        if optimizer is None or applied is None:
+            raise ConfigError("make the optimizer before rewind()")
+        saved = _checked(self.run.extra(step), self.run)
+        if saved["kind"] != self._kind:
+            raise ConfigError(f"{self.run.folder}: step {step} was trained with {saved['kind']}")
+        self.engine.clear()
+        self.engine.rewind(partial(self.run.go_back, step), saved["ledger"])
+        self._begin()
+        self._resumed = False
 
     def close(self) -> None:
         """Stop threads and close files; what was not committed is lost. The cache of weights is the model's."""
