@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 

@@ -8,6 +8,7 @@ stacked parameters and compute through the `moetier` experts implementation.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Callable
@@ -43,6 +44,8 @@ class TieredExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(self, **options: Any):
         options.pop("quant_method", None)
         self.quant_method = NAME
+        if isinstance(options.get("train"), os.PathLike):
+            options["train"] = os.fspath(options["train"])
         try:
             self.options = Options(**options)
         except TypeError as error:

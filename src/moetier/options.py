@@ -39,7 +39,8 @@ class Options:
     `train` is the folder of a training run: a new one, or one to go on with, from its last checkpoint or from
     `train_step` (docs/training.md). `slots` are then those of weights; `state_slots` and `gradient_slots` those of
     optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
-    `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder.
+    `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder. Left alone, `policy` is "zigzag"
+    in training.
     """
 
     device_memory: str | int | None = None

@@ -56,7 +56,7 @@ def attach_training(
         base = open_store(packed, shards, maps, options)
         opened.insert(0, base)
         store = run.family("weights", layouts, experts=counts, base=base)
-        config = configure(division.weights, store.records, len(counts), top_k, options.policy, "always")
+        config = configure(division.weights, store.records, len(counts), top_k, policy_of(options), "always")
         core = Residency([config], len(counts), max(counts), writeback=options.writeback)
         weights = ExpertCache(store, core, HostArena(division.weights, store.slot_nbytes), readers=options.readers)
         opened[0] = weights
@@ -77,6 +77,11 @@ def attach_training(
     bind(model, modules, tiered)
     save_streaming(model, shards, maps, changed=engine.settled)
     clear_with(model, engine)
+
+
+def policy_of(options: Options) -> str:
+    """The eviction policy of weights: the order of a training step, unless another than the usual was asked for."""
+    return "zigzag" if options.policy == Options.__dataclass_fields__["policy"].default else options.policy
 
 
 def one_device(model: Any) -> torch.device:

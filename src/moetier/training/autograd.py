@@ -23,6 +23,37 @@ from torch.autograd.function import once_differentiable
 from moetier.access import Access
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
+from moetier.experts import Routing
+from moetier.training.arithmetic import Autocast
+from moetier.training.layer_backward import LayerBackward, Needs
+from moetier.training.proxy import Proxy
+from moetier.training.sink import Sink
+
+if TYPE_CHECKING:
+    from moetier.tiered import TieredExperts
+
+
+def differentiable(
+    tiered: TieredExperts, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """`tiered.compute`, recorded by autograd: [T, H] → [T, H].
+
+    Its experts' gradients go to `tiered.sink` whenever a backward would accumulate those of ordinary parameters.
+    """
+    sink = tiered.sink if tiered.sink is not None and tiered.sink.trains(layer) else None
+    norm = _norm_of(module)
+    if sink is None and not any(tensor.requires_grad for tensor in (hidden, weights, *norm.values())):
+        with torch.no_grad():
+            return tiered.compute(layer, module, hidden, index, weights)[0]
+    kept = _Kept(tiered, layer, module, list(norm), sink, hidden.device)
+    linked = _Keep.apply(kept, kept.anchor, index, hidden, weights, *norm.values())  # type: ignore[no-untyped-call]
+    result: torch.Tensor = _Experts.apply(kept, index, *linked)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _norm_of(module: Any) -> dict[str, torch.Tensor]:
+    """Parameters of the norm behind each expert. They stay in memory; no others of the module may want gradients."""
+    norm = dict(module.post_expert_norm.named_parameters()) if module.has_post_expert_norm else {}
     proxies = [p for part in module.children() if isinstance(part, Proxy) for p in part.parameters()]
     for name, parameter in module.named_parameters():
         if parameter.requires_grad and all(parameter is not known for known in (*norm.values(), *proxies)):

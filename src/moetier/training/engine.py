@@ -27,6 +27,7 @@ from moetier.training.leases import read_again, together
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
+from moetier.training.optimizers.usage import Usage
 from moetier.training.proxy import Proxy
 
 Scale = Callable[[ExpertKey, float], float]
@@ -42,6 +43,7 @@ class Applied:
     state: ExpertCache | None  # None: the optimizer has no state
     idle: Idle = "dense"
     when: When = "step"
+    usage: Usage | None = None  # where the optimizer depends on how often an expert is used
 
 
 @dataclass
@@ -109,7 +111,7 @@ class TrainingEngine:
         applied = self.applied
         if not keys or applied is None:
             return
-        ledger, optimizer = self.ledger, applied.optimizer
+        ledger = self.ledger
         if applied.idle == "skip":
             for key in keys:
                 ledger.caught_up(key, False)
@@ -117,6 +119,7 @@ class TrainingEngine:
         owed = {key: ledger.owed(key) for key in keys}
         due = []
         for key in keys:
+            optimizer = self._optimizer(key)
             if any(optimizer.idles(hyper) for hyper in owed[key]):
                 due.append(key)
             else:
@@ -124,7 +127,7 @@ class TrainingEngine:
         try:
             with torch.no_grad():
                 for key, records in self._records(layer, due):
-                    changed = optimizer.idle(records.weights.fields, records.states, owed[key])
+                    changed = self._optimizer(key).idle(records.weights.fields, records.states, owed[key])
                     records.keep(changed)
                     ledger.caught_up(key, changed)
         except BaseException as error:
@@ -228,8 +231,20 @@ class TrainingEngine:
         ledger = self.ledger
         if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
             hyper = hyper.at(int(ledger.updates[key]) + 1)
-        self.applied.optimizer.update(records.weights.fields, gradients, records.states, hyper)
+        if self.applied.usage is not None:
+            self.applied.usage.count(key, ledger.steps(key.layer))
+        self._optimizer(key).update(records.weights.fields, gradients, records.states, hyper)
         ledger.updated(key)
+
+    def _optimizer(self, key: ExpertKey) -> RecordOptimizer:
+        applied = self.applied
+        assert applied is not None
+        return applied.optimizer if applied.usage is None else applied.optimizer.part(applied.usage.share(key))
+
+    def usage(self) -> Any:
+        """How often experts are used, for a checkpoint; None where nobody asks."""
+        usage = None if self.applied is None else self.applied.usage
+        return None if usage is None else usage.to_json()
 
     # -- updates during backward ---------------------------------------------------------------------------------------
 

@@ -92,12 +92,15 @@ class TrainingSession:
             if len(made) < len(states):
                 raise ConfigError("the optimizer has a state in some layers only")
             store = self.run.family("state", made, experts=engine.ledger.counts)
-            state = small_cache(
-                store, self._slots_of_state(store.slot_nbytes), engine.ledger.counts, self._readers, self._writeback
-            )
+            slots = self._slots_of_state(store.slot_nbytes)
+            state = small_cache(store, slots, engine.ledger.counts, self._readers, "zigzag", self._writeback)
         if self._saved is not None:
             engine.ledger.load(self._saved["ledger"], records.settings)
-        engine.applied = Applied(records, state, idle, update)
+        count = getattr(records, "usage", None)  # of those that treat experts by how often they are used
+        usage = None if count is None else count(len(layouts), max(engine.ledger.counts))
+        if usage is not None and self._saved is not None:
+            usage.load(self._saved["usage"])
+        engine.applied = Applied(records, state, idle, update, usage)
         engine.upcoming = optimizer.upcoming
         engine.owes = False
         self._optimizer, self._kind = optimizer, kind
@@ -153,6 +156,7 @@ class TrainingSession:
             "kind": self._kind,
             "ledger": self.engine.ledger.save(),
             "owes": self.engine.anyone_owes(),
+            "usage": self.engine.usage(),
             "optimizer": described,
             "random": generators,
             "parts": {name: plain(part.state_dict(), name) for name, part in parts.items()},
