@@ -1,11 +1,13 @@
 """What bounds an expert's matrix products on a CPU: bytes of weights per second against the memory's bandwidth.
 
     python benchmarks/kernels.py --json benchmarks/results/kernels.json       # some minutes; wants a quiet machine
+    python benchmarks/kernels.py --json benchmarks/results/kernels.json --resume --minutes 4    # a piece of it
     python benchmarks/kernels.py --update-docs benchmarks/results/kernels.json
 
 A decode step multiplies one row, or a few, by matrices that no cache holds. So the weights here are views in an arena
 much larger than the caches, visited round robin, as in a running model. Beside torch's own products stand, as
-information, what its compiler and a loop compiled by numba reach. Everything runs in this one process.
+information, what its compiler and a loop compiled by numba reach. Everything runs in this one process; what the memory
+gives is measured again beside every part, and each product is compared with what was found next to it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import common
 from common import MIB
-from report import ROOT, gbs, machine_line, say, table, update_section, write_json
+from report import ROOT, Pieces, gbs, machine_line, say, table, update_section
 
 SIZES = ((768, 2048), (1408, 2048), (3584, 4096))  # [out, in]: Qwen3-MoE, DeepSeek-V2-Lite, Mixtral's a quarter as wide
 BATCHES = (1, 2, 4, 8, 16, 64, 256)
@@ -129,31 +131,42 @@ def check(product: Product, x: Any, weight: Any) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything: per number of threads the bandwidths, then every product."""
+    """Everything that is missing: of each number of threads, dtype and size the bandwidths, then every product."""
     import torch
 
     arena = torch.empty(args.arena_mib * MIB, dtype=torch.uint8)
-    found: dict[str, Any] = {
-        "machine": common.machine_info(ROOT),
-        "settings": {"arena_mib": args.arena_mib, "seconds": args.seconds, "rounds": args.rounds, "smoke": args.smoke},
-        "caches": cache_sizes(),
-        "bandwidth": {},
-        "products": [],
-    }
+    pieces, names = Pieces(args), ("arena_mib", "seconds", "rounds", "batches", "no_extra", "smoke")
+    found = pieces.open(
+        {
+            "machine": common.machine_info(ROOT),
+            "settings": {name: getattr(args, name) for name in names},
+            "caches": cache_sizes(),
+            "bandwidth": {},
+            "products": [],
+        }
+    )
+    done = {(row["threads"], row["dtype"], tuple(row["size"])) for row in found["products"]}
     kernels = list(products(not args.no_extra))
     torch._dynamo.config.recompile_limit = 256  # a program per size, dtype, batch
     for threads in args.threads:
         torch.set_num_threads(threads)
         torch.compiler.reset()  # the number of threads is part of a compiled program
-        torch.rand(arena.numel() // 4, out=arena.view(torch.float32))
-        found["bandwidth"][str(threads)] = stream_bandwidth(arena, args.seconds, args.rounds)
         for dtype in DTYPES:
-            torch.randn(arena.numel() // getattr(torch, dtype).itemsize, out=arena.view(getattr(torch, dtype)))
-            for size in args.sizes:
-                rows = measure_size(arena, dtype, size, kernels, args)
-                found["products"] += [{"threads": threads, "dtype": dtype, "size": size, **row} for row in rows]
-                write_json(args.json, found)
-            say(f"{threads} threads, {dtype}: done")
+            sizes = [size for size in args.sizes if (threads, dtype, size) not in done]
+            if sizes:
+                torch.randn(arena.numel() // getattr(torch, dtype).itemsize, out=arena.view(getattr(torch, dtype)))
+            for size in sizes:
+                if not pieces.time_left():
+                    say("the time is over; --resume goes on")
+                    return found
+                streams = stream_bandwidth(arena, args.seconds, args.rounds)
+                both = found["bandwidth"].setdefault(str(threads), {})
+                for name, values in streams.items():
+                    both.setdefault(name, []).extend(values)
+                cell = {"threads": threads, "dtype": dtype, "size": size, "read": streams["read"]}
+                found["products"] += [cell | row for row in measure_size(arena, dtype, size, kernels, args)]
+                pieces.write(found)
+                say(f"{threads} threads, {dtype}, {size[0]} × {size[1]}: done")
     return found
 
 
@@ -222,7 +235,8 @@ def tables(found: dict[str, Any]) -> str:
         f"{settings['rounds']} × {settings['seconds']} s each, medians; "
         f"`python benchmarks/{found['machine']['command']}`."
     ]
-    rows = [[threads, gbs(values["read"]), gbs(values["copy"])] for threads, values in found["bandwidth"].items()]
+    bandwidth = sorted(found["bandwidth"].items(), key=lambda item: int(item[0]))
+    rows = [[threads, gbs(values["read"]), gbs(values["copy"])] for threads, values in bandwidth]
     parts.append(table(["threads", "reading, GB/s (min–max)", "copying, GB/s read + written"], rows))
     for dtype in DTYPES:
         batches = sorted({row["batch"] for row in found["products"]})
@@ -231,21 +245,21 @@ def tables(found: dict[str, Any]) -> str:
         for row in found["products"]:
             if row["dtype"] == dtype:
                 place = (tuple(row["size"]), row["threads"], row["kernel"])
-                cells.setdefault(place, {})[row["batch"]] = cell(row, found["bandwidth"][str(row["threads"])]["read"])
+                cells.setdefault(place, {})[row["batch"]] = cell(row)
         rows = [
             [f"{size[0]} × {size[1]}, {kernel}", str(threads), *(by_batch.get(batch, "") for batch in batches)]
-            for (size, threads, kernel), by_batch in cells.items()
+            for (size, threads, kernel), by_batch in sorted(cells.items(), key=lambda item: item[0][:2])
         ]
         parts.append(table(head, rows))
     return "\n\n".join(parts)
 
 
-def cell(row: dict[str, Any], reading: list[float]) -> str:
-    """A product's speed; beyond a batch of 16 also what it computes."""
+def cell(row: dict[str, Any]) -> str:
+    """A product's speed, its share of what reading reached next to it, and from a batch of 16 on what it computes."""
     if "failed" in row:
         return "failed"
     speed = statistics.median(row["bytes_per_second"])
-    text = f"{speed / 1e9:.1f} ({100 * speed / statistics.median(reading):.0f} %)"
+    text = f"{speed / 1e9:.1f} ({100 * speed / statistics.median(row['read']):.0f} %)"
     return text if row["batch"] < 16 else f"{text}; {statistics.median(row['flops']) / 1e9:.0f} GFLOP/s"
 
 
@@ -254,19 +268,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--threads", type=int, nargs="+", default=sorted({1, min(2, os.cpu_count() or 1)}), help="torch threads")
+    sizes = "; ".join(f"{number}: {size[0]} × {size[1]}" for number, size in enumerate(SIZES))
+    add("--sizes", type=int, nargs="+", choices=range(len(SIZES)), metavar="NUMBER", help=sizes)
     add("--batches", type=int, nargs="+", default=list(BATCHES))
     add("--arena-mib", type=int, default=1024, help="must be much larger than the caches")
     add("--seconds", type=float, default=0.3, help="of each measurement")
     add("--rounds", type=int, default=3)
     add("--no-extra", action="store_true", help="torch's own products only")
-    add("--json", type=Path)
+    Pieces.add_options(parser)
     add("--smoke", action="store_true", help="one small size: does it run?")
     add("--update-docs", type=Path, metavar="JSON", help="write results into docs/benchmarks.md")
     args = parser.parse_args()
     if args.update_docs:
         update_section("kernels", tables(json.loads(args.update_docs.read_text())))
         return
-    args.sizes = SIZES
+    args.sizes = [SIZES[number] for number in args.sizes or range(len(SIZES))]
     if args.smoke:
         args.sizes, args.batches, args.threads = ((96, 128),), [1, 4], [1]
         args.arena_mib, args.seconds, args.rounds = 4, 0.005, 2

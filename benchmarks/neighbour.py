@@ -1,22 +1,25 @@
 """Decode with a busy neighbour: another program that computes without pause on the same cores.
 
-    python benchmarks/neighbour.py --json benchmarks/results/neighbour.json       # some twenty minutes
+    python benchmarks/neighbour.py --json benchmarks/results/neighbour.json       # about half an hour
+    python benchmarks/neighbour.py --json benchmarks/results/neighbour.json --resume --minutes 5    # a piece of it
     python benchmarks/neighbour.py --update-docs benchmarks/results/neighbour.json
 
 torch's threads wait for each other at the end of every product. One that cannot run, because another program has its
 core, makes all of them wait. Here the plain model in memory and moetier decode the same text with and without such a
-neighbour, with set numbers of threads and with none set; runs are interleaved, each in a fresh process.
+neighbour, with set numbers of threads and with none set, each in a fresh process. A run alone and one beside the
+neighbour follow each other, and what counts is the ratio within such a pair; the pairs are interleaved.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +33,7 @@ from common import BIG, DEFAULT_THREADS, TINY
 from decode import failure, parse_threads
 from decode_report import by_cell, threads_label, title
 from engines import source_of
-from report import ROOT, machine_line, median_of, say, table, update_section, write_json
+from report import ROOT, Pieces, machine_line, median_of, say, table, update_section
 from tasks import SCRIPT
 
 ARMS = ("memory", "moetier-50", "foundation-50")
@@ -50,7 +53,7 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything, in order."""
+    """Everything that is missing, in order."""
     shape = TINY if args.smoke else BIG
     work: Path = args.work.resolve()
     folder = work / ("tiny" if args.smoke else "big")
@@ -64,21 +67,23 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "context": length,
         "tokens": common.make_tokens(shape, length, args.seed),
     }
-    names = ("prompt", "warm_up", "tokens", "repeat", "neighbours", "smoke")
-    found: dict[str, Any] = {
-        "machine": common.machine_info(ROOT),
-        "shape": asdict(shape),
-        "settings": {name: getattr(args, name) for name in names},
-        "runs": [],
-    }
-    for number in range(args.repeat):
-        for threads in args.threads:
-            for arm in args.arms:
-                for count in (0, args.neighbours):
-                    run = run_arm(spec, arm, threads, count, work, drop=not args.smoke)
-                    found["runs"].append(run)
-                    say(f"[{number + 1}/{args.repeat}] {describe(run)}")
-                    write_json(args.json, found)
+    pieces, names = Pieces(args), ("prompt", "warm_up", "tokens", "seed", "neighbours", "smoke")
+    settings = {name: getattr(args, name) for name in names}
+    found = pieces.open(
+        {"machine": common.machine_info(ROOT), "shape": asdict(shape), "settings": settings, "runs": []}
+    )
+    done = {(run["round"], run["threads"], run["arm"]) for run in found["runs"]}
+    for number, threads, arm in itertools.product(range(args.repeat), args.threads, args.arms):
+        if (number, threads, arm) in done:
+            continue
+        if not pieces.time_left():
+            say("the time is over; --resume goes on")
+            break
+        for count in (0, args.neighbours):
+            run = {"round": number} | run_arm(spec, arm, threads, count, work, drop=not args.smoke)
+            found["runs"].append(run)
+            say(f"[{number + 1}/{args.repeat}] {describe(run)}")
+        pieces.write(found)
     return found
 
 
@@ -105,27 +110,40 @@ def step_of(run: dict[str, Any]) -> float:
     return statistics.median(run["steps"])
 
 
+def pairs_of(runs: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Runs of one cell alone, and those of the same round beside neighbours; without those whose other one failed."""
+    alone = {run["round"]: run for run in runs if not run["neighbours"]}
+    return [(alone[run["round"]], run) for run in runs if run["neighbours"] and run["round"] in alone]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
+
+
 def tables(found: dict[str, Any]) -> str:
     """Steps alone and beside the neighbour."""
     settings = found["settings"]
     rows = []
     for (arm, threads), runs in by_cell(found["runs"]).items():
-        alone = [run for run in runs if not run["neighbours"]]
-        beside = [run for run in runs if run["neighbours"]]
-        if not (alone and beside):
+        pairs = pairs_of(runs)
+        if not pairs:
             continue
+        alone, beside = zip(*pairs, strict=True)
+        ratios = [step_of(after) / step_of(before) for before, after in pairs]
         before, after = median_of(alone, step_of), median_of(beside, step_of)
         tail = median_of(beside, lambda run: max(run["steps"]))
         used = sorted({str(run["torch_threads"]) for run in runs})
         row = [title(arm), threads_label(threads), ", ".join(used)]
-        rows.append([*row, f"{1e3 * before:.0f}", f"{1e3 * after:.0f}", f"{1e3 * tail:.0f}", f"{after / before:.2f}"])
+        rows.append([*row, f"{1e3 * before:.0f}", f"{1e3 * after:.0f}", f"{1e3 * tail:.0f}", f"{spread(ratios)}"])
     head = ["arm", "threads asked for", "torch's threads in the run", "step alone, ms", "beside the neighbour, ms"]
+    rounds = 1 + max(run["round"] for run in found["runs"])
     lines = [
         f"{machine_line(found['machine'])}. {settings['neighbours']} neighbour"
         f"{'' if settings['neighbours'] == 1 else 's'}; {settings['prompt']} prompt tokens, {settings['tokens']} "
-        f"measured ones; medians of {settings['repeat']} interleaved runs of their median steps; "
+        f"measured ones; median steps, and their medians over {rounds} interleaved pairs of runs; "
         f"`python benchmarks/{found['machine']['command']}`.",
-        table([*head, "its slowest step, ms", "beside ÷ alone"], rows),
+        table([*head, "its slowest step, ms", "beside ÷ alone (min–max)"], rows),
     ]
     lines += [f"Failed: {describe(run)}" for run in found["runs"] if "failed" in run]
     return "\n\n".join(lines)
@@ -144,7 +162,7 @@ def main() -> None:
     add("--tokens", type=int, default=16, help="measured tokens")
     add("--seed", type=int, default=0, help="of the text")
     add("--work", type=Path, default=Path(__file__).parent / "work")
-    add("--json", type=Path)
+    Pieces.add_options(parser)
     add("--smoke", action="store_true", help="a tiny model, one run: does it run?")
     add("--update-docs", type=Path, metavar="JSON", help="write results into docs/benchmarks.md")
     args = parser.parse_args()

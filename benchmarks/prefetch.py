@@ -1,6 +1,7 @@
 """Prefetching on against off: never slower, and faster where the disk would be idle?
 
     python benchmarks/prefetch.py --json benchmarks/results/prefetch.json       # about forty minutes
+    python benchmarks/prefetch.py --json benchmarks/results/prefetch.json --resume --minutes 5    # a piece of it
     python benchmarks/prefetch.py --update-docs benchmarks/results/prefetch.json
 
 Pairs of runs, one with prefetching and one without, over recorded workloads: two models, several texts, shares of the
@@ -29,6 +30,7 @@ from readpath import shards_of
 from report import (
     ROOT,
     Mark,
+    Pieces,
     bootstrap,
     machine_line,
     marks_table,
@@ -36,7 +38,6 @@ from report import (
     say,
     table,
     update_section,
-    write_json,
 )
 from tasks import SCRIPT
 
@@ -83,30 +84,46 @@ class Comparison:
         self.shape: Shape = TINY if args.smoke else BIG
         self.work: Path = args.work.resolve()
         self.folders = {"big": self.work / ("tiny" if args.smoke else "big"), "demo": DEMO}
-        names = ("threads", "pairs", "prefetch", "smoke")
-        self.found: dict[str, Any] = {
-            "machine": common.machine_info(ROOT),
-            "shape": asdict(self.shape),
-            "settings": {name: getattr(args, name) for name in names},
-            "workloads": [],
-        }
+        self.pieces = Pieces(args)
+        settings = {name: getattr(args, name) for name in ("threads", "prefetch", "smoke")}
+        self.found = self.pieces.open(
+            {
+                "machine": common.machine_info(ROOT),
+                "shape": asdict(self.shape),
+                "settings": settings,
+                "workloads": [],
+            }
+        )
 
     def main(self) -> dict[str, Any]:
-        """Round by round, so that a slow minute of the machine does not fall on one workload alone."""
+        """What is missing, round by round, so that a slow minute of the machine does not fall on one workload alone."""
         chosen = [WORKLOADS[number] for number in self.args.workloads]
         if any(workload.model == "big" for workload in chosen):
             common.make_checkpoint(self.folders["big"], self.shape)
         specs = [self.spec(workload) for workload in chosen]
-        self.found["workloads"] = [{"name": one.name, **asdict(one), "pairs": []} for one in chosen]
         for number in range(self.args.pairs):
-            for workload, spec, entry in zip(chosen, specs, self.found["workloads"], strict=True):
+            for workload, spec in zip(chosen, specs, strict=True):
+                if len(self.entry(workload)["pairs"]) > number:
+                    continue
+                if not self.pieces.time_left():
+                    say("the time is over; --resume goes on")
+                    return self.found
                 order = ("off", self.args.prefetch) if number % 2 == 0 else (self.args.prefetch, "off")
                 pair: dict[str, Any] = {"bandwidth": self.bandwidth(workload), "first": order[0]}
                 pair |= {"off" if way == "off" else "on": self.run(spec, way) for way in order}
-                entry["pairs"].append(pair)
+                self.entry(workload)["pairs"].append(pair)
                 say(f"[{number + 1}/{self.args.pairs}] {workload.name}: {describe(pair)}")
-                write_json(self.args.json, self.found)
+                self.pieces.write(self.found)
         return self.found
+
+    def entry(self, workload: Workload) -> dict[str, Any]:
+        """The workload's place in the results."""
+        entries: list[dict[str, Any]] = self.found["workloads"]
+        known = [entry for entry in entries if entry["name"] == workload.name]
+        if not known:
+            known = [{"name": workload.name, **asdict(workload), "pairs": []}]
+            entries += known
+        return known[0]
 
     def spec(self, workload: Workload) -> dict[str, Any]:
         """For the child."""
@@ -193,10 +210,17 @@ def describe(pair: dict[str, Any]) -> str:
     return f"on ÷ off {ratio:.3f} (decoding {decoding(pair['on']) / decoding(pair['off']):.3f}); {decision(pair['on'])}"
 
 
+def measured(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The workloads that were run, in their own order, whichever piece came first."""
+    names = [workload.name for workload in WORKLOADS]
+    entries = [entry for entry in found["workloads"] if entry["pairs"]]
+    return sorted(entries, key=lambda entry: names.index(entry["name"]) if entry["name"] in names else len(names))
+
+
 def marks(found: dict[str, Any]) -> list[Mark]:
     """Never slower by more than 2 %, and faster where the disk is idle."""
     goals = []
-    for entry in found["workloads"]:
+    for entry in measured(found):
         ratio = statistics.median(ratios(entry["pairs"], whole))
         goals.append(Mark(f"{entry['name']}: time with prefetching ÷ without", ratio, SLOWER))
         read = median_of(entry["pairs"], lambda pair: pair["off"]["engine"]["read_bytes"])
@@ -209,7 +233,7 @@ def marks(found: dict[str, Any]) -> list[Mark]:
 def tables(found: dict[str, Any]) -> str:
     """Ratios with their noise, and the controller's decisions."""
     settings, rows = found["settings"], []
-    for entry in found["workloads"]:
+    for entry in measured(found):
         pairs = entry["pairs"]
         row = [entry["name"], f"{100 * median_of(pairs, disk_busy):.0f} %"]
         for seconds in (whole, decoding, lambda run: run["prefill_seconds"]):
@@ -219,11 +243,13 @@ def tables(found: dict[str, Any]) -> str:
         row.append(f"{1e3 * median_of(pairs, lambda pair: statistics.mean(pair['off']['steps'])):.0f}")
         same = all(pair["on"]["chosen"] == pair["off"]["chosen"] for pair in pairs)
         rows.append([*row, "yes" if same else "**no**", decision(pairs[-1]["on"])])
+    counts = sorted({len(entry["pairs"]) for entry in measured(found)})
+    pairs = "–".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
     head = ["workload", "disk busy without", "whole run, on ÷ off", "decoding", "prefill", "step without, ms"]
     return "\n\n".join(
         [
-            f"{machine_line(found['machine'])}. Threads: {settings['threads']}; {settings['pairs']} pairs of runs, on "
-            f"being `prefetch={settings['prefetch']}`; medians of the pairs' ratios, in brackets their 95 % interval "
+            f"{machine_line(found['machine'])}. Threads: {settings['threads']}; pairs of runs per workload: {pairs}; "
+            f"on is `prefetch={settings['prefetch']}`; medians of the pairs' ratios, in brackets their 95 % interval "
             f"(bootstrap); `python benchmarks/{found['machine']['command']}`.",
             marks_table(marks(found)),
             table([*head, "same tokens", "prefetches of the last pair"], rows),
@@ -241,7 +267,7 @@ def main() -> None:
     add("--prefetch", default="auto", help="what is on: auto, or the name of a predictor")
     add("--threads", type=parse_threads, default=1)
     add("--work", type=Path, default=Path(__file__).parent / "work")
-    add("--json", type=Path)
+    Pieces.add_options(parser)
     add("--smoke", action="store_true", help="a tiny model, two workloads, one pair: does it run?")
     add("--update-docs", type=Path, metavar="JSON", help="write results into docs/benchmarks.md")
     args = parser.parse_args()

@@ -1,11 +1,13 @@
-"""What the benchmarks' reports share: tables, numbers with their noise, marks, and their places in the docs."""
+"""What the benchmarks share: runs in pieces, tables, numbers with their noise, marks, and their places in the docs."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +93,82 @@ def write_json(path: Path | None, found: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+class Pieces:
+    """A benchmark in pieces of some minutes, whose results meet in one file.
+
+    Each piece is a run with `--resume`: it keeps what `--json` holds and measures what is missing, until `--minutes`
+    are over. What the parts are is the benchmark's business; it asks `time_left` before each.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self._path: Path | None = args.json
+        self._resume: bool = args.resume
+        self._end = time.monotonic() + 60 * args.minutes
+        self._begun = False
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """The command line's."""
+        parser.add_argument("--json", type=Path, help="the results, written after every part")
+        parser.add_argument("--resume", action="store_true", help="keep what --json holds, measure what is missing")
+        parser.add_argument(
+            "--minutes", type=float, default=float("inf"), help="begin no part after these; --resume goes on"
+        )
+
+    def open(self, fresh: dict[str, Any]) -> dict[str, Any]:
+        """The results so far, or `fresh`: machine, settings and whatever else makes runs comparable, results empty.
+
+        Ends the program where the file's were measured otherwise, so that pieces could not be compared.
+        """
+        fresh["machine"]["command"] = without_pieces(fresh["machine"]["command"])
+        if not self._resume:
+            return fresh
+        if self._path is None:
+            raise SystemExit("--resume: needs --json with the results so far")
+        if not self._path.is_file():
+            return fresh
+        try:
+            earlier: dict[str, Any] = json.loads(self._path.read_text())
+            machine = earlier["machine"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"{self._path}: no results of a benchmark ({error!r}); give another --json") from None
+        now = json.loads(json.dumps(fresh))
+        pairs = [(name, earlier.get(name), now[name]) for name in now if name != "machine" and now[name]]
+        pairs += [(name, machine.get(name), now["machine"][name]) for name in ("cpu", "cores", "versions")]
+        for name, before, here in pairs:
+            if before != here:
+                raise SystemExit(
+                    f"{self._path}: its {name} were {json.dumps(before)}, here they are {json.dumps(here)}: pieces "
+                    "must be measured alike; give another --json, or leave --resume out to begin anew"
+                )
+        for name in ("commit", "command"):
+            known = machine[name].split("; ")
+            machine[name] = "; ".join([*known, *[now["machine"][name]] * (now["machine"][name] not in known)])
+        return earlier
+
+    def time_left(self) -> bool:
+        """Whether to begin another part; the first is always begun."""
+        if self._begun and time.monotonic() > self._end:
+            return False
+        self._begun = True
+        return True
+
+    def write(self, found: dict[str, Any]) -> None:
+        """The results, if a file was asked for."""
+        write_json(self._path, found)
+
+
+def without_pieces(command: str) -> str:
+    """A command line without what is about pieces and places only."""
+    words, kept = iter(command.split(" ")), []
+    for word in words:
+        if word in ("--json", "--minutes", "--work"):
+            next(words, None)
+        elif word != "--resume" and not word.startswith(("--json=", "--minutes=", "--work=")):
+            kept.append(word)
+    return " ".join(kept)
 
 
 def update_section(name: str, text: str, docs: Path = DOCS) -> None:

@@ -185,9 +185,15 @@ def test_sections_of_the_docs(tmp_path: Path) -> None:
 
 def test_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out, threads = tmp_path / "kernels.json", torch.get_num_threads()
-    run_main(kernels, monkeypatch, "--smoke", "--no-extra", "--json", str(out))
+    arguments = ("--smoke", "--no-extra", "--json", str(out), "--resume", "--minutes", "0")
+    run_main(kernels, monkeypatch, *arguments)
+    first = json.loads(out.read_text())
+    assert {row["dtype"] for row in first["products"]} == {"bfloat16"}  # a part
+    run_main(kernels, monkeypatch, *arguments)
     torch.set_num_threads(threads)
     found = json.loads(out.read_text())
+    assert found["products"][: len(first["products"])] == first["products"]
+    assert len(found["bandwidth"]["1"]["read"]) == 2 * len(first["bandwidth"]["1"]["read"])  # beside each part
     names = {(row["dtype"], row["batch"], row["kernel"]) for row in found["products"]}
     assert ("bfloat16", 1, "torch.mv") in names and ("float32", 4, "F.linear") in names
     assert ("bfloat16", 4, "torch.mv") not in names
@@ -205,8 +211,26 @@ def test_neighbour(
     monkeypatch.setattr(neighbour, "SPIN", "import time; time.sleep(60)")
     with neighbour.neighbours(2):
         pass  # ends them: else the test would take a minute
-    run_main(neighbour, monkeypatch, "--smoke", "--arms", "moetier-50", "--threads", "1", "--work", str(tmp_path))
+    out = tmp_path / "found.json"
+    arguments = ("--smoke", "--arms", "moetier-50", "memory", "--threads", "1", "--work", str(tmp_path))
+    arguments += ("--json", str(out), "--resume", "--minutes", "0")
+    run_main(neighbour, monkeypatch, *arguments)
     assert "| moetier, 50 % of the experts | 1 thread | 1 |" in capsys.readouterr().out
+    first = json.loads(out.read_text())["runs"]
+    run_main(neighbour, monkeypatch, *arguments)
+    runs = json.loads(out.read_text())["runs"]
+    assert runs[:2] == first and len(here) == 4  # the first piece's pair was not run again
+    said = [(run["round"], run["arm"], run["neighbours"]) for run in runs]
+    assert said == [(0, "moetier-50", 0), (0, "moetier-50", 1), (0, "memory", 0), (0, "memory", 1)]
+
+
+def test_neighbour_compares_within_pairs() -> None:
+    """The machine was twice as slow in the second round; a run of the third failed."""
+    steps = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 2.0, (1, 1): 8.0, (2, 1): 100.0}
+    runs = [{"round": number, "neighbours": count, "steps": [step]} for (number, count), step in steps.items()]
+    pairs = neighbour.pairs_of(runs)
+    assert [(before["steps"], after["steps"]) for before, after in pairs] == [([1.0], [3.0]), ([2.0], [8.0])]
+    assert neighbour.spread([3.0, 4.0]) == "3.50 (3.00–4.00)"
 
 
 def test_prefetch_workloads(here: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,14 +243,21 @@ def test_prefetch_workloads(here: list[dict[str, Any]], tmp_path: Path, monkeypa
         return dict(result) | {"prefetches": {"issued": 3, "useful": 2, "wasted": 1, "controller": {"words": way}}}
 
     monkeypatch.setattr(prefetch.Comparison, "run", run)
-    arguments = ("--smoke", "--pairs", "2", "--workloads", "0", "5", "--work", str(tmp_path), "--json", str(out))
-    run_main(prefetch, monkeypatch, *arguments)
+    arguments = ("--smoke", "--work", str(tmp_path), "--json", str(out), "--resume", "--workloads")
+    run_main(prefetch, monkeypatch, *arguments, "5", "0", "--minutes", "0")
+    run_main(prefetch, monkeypatch, *arguments, "0", "5")
     found = json.loads(out.read_text())
-    assert [len(spec["tokens"]) for spec in here] == [1, 1, 4, 4]  # sequences, with and without
-    pair = found["workloads"][1]["pairs"][0]
+    assert [len(spec["tokens"]) for spec in here] == [4, 4, 1, 1]  # sequences, with and without
+    names = [prefetch.WORKLOADS[number].name for number in (0, 5)]
+    assert [entry["name"] for entry in prefetch.measured(found)] == names
+    pair = found["workloads"][0]["pairs"][0]
     assert pair["on"]["chosen"] == pair["off"]["chosen"] and len(pair["on"]["chosen"]) == 4 * 7
     text = prefetch.tables(found)
-    assert "auto; 3 issued, 2 useful, 1 wasted" in text and "time with prefetching ÷ without" in text
+    assert (
+        "per workload: 1; on is" in text
+        and "auto; 3 issued, 2 useful, 1 wasted" in text
+        and "time with prefetching ÷ without" in text
+    )
 
 
 def test_every_text_of_the_demo_model_is_there() -> None:

@@ -64,16 +64,16 @@ OPTIONS = {
         "--temperature --threads -h [PROMPT]"
     ),
     "eval": (
-        "--admission --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
-        "--readers --revision --slots --text --threads --tokens --trust-remote-code --try --verbose --window "
-        "-h -q MODEL"
+        "--admission --cpu-experts --device --device-memory --dtype --help --host-memory --io --json --policy --quiet "
+        "--readers --revision --slots --split --store --text --threads --tokens --trust-remote-code --try --verbose "
+        "--window -h -q MODEL"
     ),
     "simulate": (
-        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --expert-ms --fit "
-        "--fit-split --h2d-gbps --help --host-policy --host-slots --io-latency-ms --jobs --json --layer-ms "
+        "--admission --batch --csv --d2h-gbps --dirty --disk-read-gbps --disk-write-gbps --exclusive --expert-ms --fit "
+        "--fit-split --h2d-gbps --help --host-policy --host-slots --inclusive --io-latency-ms --jobs --json --layer-ms "
         "--limit --no-oracle --oracle --output --policy --predictor --prefetch-confidence --prefetch-control "
-        "--prefetch-displace --prefetch-limit --quiet --ray --record-size --resume --scope --seeds --semantics --slots "
-        "--staging --warm-pinning -h -j -o -q TRACES"
+        "--prefetch-displace --prefetch-limit --quiet --ray --record-size --refill --resume --scope --seeds "
+        "--semantics --slots --spare --staging --warm-pinning -h -j -o -q TRACES"
     ),
     "tune": "--batch --help --output --share --slots --whole -h -o TRACES",
     "bench cache": (

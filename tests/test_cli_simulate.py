@@ -21,6 +21,7 @@ from moetier.cli.grid import split_policies
 from moetier.simulate.config import SimulationConfig
 from moetier.simulate.report import CSV_COLUMNS
 from moetier.simulate.run import simulate
+from moetier.tiers import configure_all
 from moetier.trace import Trace
 from moetier.trace.synthetic import uniform_control, zipf_markov
 
@@ -338,6 +339,46 @@ def test_options_reach_the_simulation(file: Path, folder: Path) -> None:
     assert timing["layer_seconds"] == pytest.approx(2e-4) and timing["expert_seconds"] == pytest.approx(1e-4)
 
 
+def test_two_tiers_are_exclusive_as_in_a_run(file: Path, folder: Path) -> None:
+    """By default what the engine does with two tiers; together they hold more, so less is read from disk."""
+
+    def results(*flags: object) -> list[dict[str, Any]]:
+        common = (file, "--policy", "lru", "--slots", "25%,50%", "--no-oracle", "--host-slots", "50%")
+        done = run(*common, *flags, "--json", folder / "x.json", "--csv", folder / "x.csv")
+        said.append(" ".join(done.stdout.split()))
+        found = json.loads((folder / "x.json").read_text())["traces"][0]["results"]
+        return [{name: value for name, value in row.items() if name != "wall_seconds"} for row in found]
+
+    said: list[str] = []
+    trace = read_trace(file)
+    once = results()
+    built = [configure_all([slots, 32], trace.records, trace.layers, trace.top_k)[1] for slots in (16, 32)]
+    for result, tier in zip(once, built, strict=True):
+        config = result["config"]
+        assert (config["exclusive"], config["spare"], config["refill"]) == (tier.exclusive, tier.spare, tier.refill)
+        assert result["demotions"] > 0 and result["refills"] == 0
+    copied = sum(result["demotions"] for result in once)
+    assert f"exclusive: an expert is kept once in the two. Over all runs {copied:,} copied down (2 victims" in said[0]
+    rows = list(csv.DictReader((folder / "x.csv").read_text().splitlines()))
+    assert [(row["exclusive"], int(row["demotions"])) for row in rows] == [("1", r["demotions"]) for r in once]
+    assert results("--exclusive", "--refill", "never") == once
+
+    twice = results("--inclusive")
+    assert "also kept in the second" in said[-1]
+    for alone, result in zip(twice, once, strict=True):
+        assert not alone["config"]["exclusive"] and alone["demotions"] == 0
+        assert sum(result["host_misses"]) < sum(alone["host_misses"])
+    assert [r["config"]["spare"] for r in results("--spare", 1)] == [1, 1]
+    again = results("--refill", "always")
+    assert all(result["refills"] > 0 and result["demotions"] == 0 for result in again)
+    slow = (*MACHINE, "--d2h-gbps", "0.1", "--refill", "auto")
+    assert all(result["refills"] > 0 and result["demotions"] == 0 for result in results(*slow))
+    fast = (*MACHINE, "--d2h-gbps", "100", "--refill", "auto")
+    assert all(result["refills"] == 0 and result["demotions"] > 0 for result in results(*fast))
+    layered = results("--scope", "layer")
+    assert [r["config"]["spare"] for r in layered] == [0, 1]  # 4 and 8 slots a layer
+
+
 def test_resume(file: Path, folder: Path) -> None:
     arguments = (file, "--policy", "lru", "--slots", "20%", "--resume", folder / "r.jsonl", "--csv", folder / "a.csv")
     run(*arguments)
@@ -370,6 +411,19 @@ def test_resume(file: Path, folder: Path) -> None:
         (("--predictor", "x"), 2, r"--predictor: unknown predictor 'x'"),
         (("--prefetch-limit", "2"), 2, r"--prefetch-limit does nothing without --predictor"),
         (("--host-policy", "lru"), 2, r"--host-policy does nothing without --host-slots"),
+        (("--exclusive",), 2, r"--exclusive is of two tiers; give --host-slots too"),
+        (("--inclusive",), 2, r"--inclusive is of two tiers; give --host-slots too"),
+        (("--spare", "2"), 2, r"--spare is of exclusive tiers; give --host-slots, and leave out --inclusive"),
+        (("--refill", "always", "--host-slots", "9", "--inclusive"), 2, r"--refill is of exclusive tiers"),
+        (("--refill", "x", "--host-slots", "9"), 2, r"--refill x: choose one of never, always, auto"),
+        (("--refill", "always", "--spare", "1", "--host-slots", "9"), 2, r"leave out --spare"),
+        (("--refill", "auto", "--host-slots", "9"), 2, r"--refill auto compares the links"),
+        (("--d2h-gbps", "1", "--record-size", "1MB"), 2, r"--d2h-gbps does nothing without exclusive tiers"),
+        (
+            ("--d2h-gbps", "1", "--record-size", "1MB", "--host-slots", "9", "--inclusive"),
+            2,
+            r"--d2h-gbps does nothing without exclusive tiers",
+        ),
         (("--warm-pinning", "5", "--scope", "layer"), 2, r"--warm-pinning chooses among all layers"),
         (("--disk-read-gbps", "1"), 2, r"--disk-read-gbps needs --record-size"),
         (("--disk-read-gbps", "1", "--record-size", "x"), 2, r"--record-size: 'x' is not a size"),

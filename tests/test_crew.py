@@ -16,7 +16,8 @@ import moetier
 from conftest import family_class
 from families import VOCAB
 from moetier import ConfigError
-from moetier.crew import MAX_ROWS, Crew, is_exact
+from moetier.crew import Crew
+from moetier.products import MAX_ROWS, is_exact
 from test_families import LAYOUTS, Outputs
 
 THREADS = 3
@@ -120,10 +121,10 @@ def count_runs(crew: Crew) -> list[int]:
     """Counts the runs of more than one task."""
     runs, plain = [0], crew.run
 
-    def counted(tasks: Any) -> None:
+    def counted(tasks: Any, first: Any = None) -> None:
         tasks = list(tasks)
         runs[0] += len(tasks) > 1
-        plain(tasks)
+        plain(tasks, first)
 
     crew.run = counted  # type: ignore[method-assign]
     return runs
@@ -184,3 +185,57 @@ def test_an_interrupted_run_leaves_nothing_for_the_next(crew: Crew, monkeypatch:
 def _only_helpers(work: Callable[[], None], instead: Callable[[], None]) -> Callable[[], None]:
     main = threading.current_thread()
     return lambda: instead() if threading.current_thread() is main else work()
+
+
+def test_the_caller_does_its_own_task_while_the_others_work(crew: Crew) -> None:
+    begun, told = threading.Event(), threading.Event()
+    caller = []
+
+    def first() -> None:
+        caller.append(threading.get_ident())
+        assert begun.wait(10)  # passes only if a helper began meanwhile
+        told.set()
+
+    def task() -> None:
+        begun.set()
+        assert told.wait(10)
+
+    crew.run([task, task], first)
+    assert caller == [threading.get_ident()]
+
+
+@pytest.mark.parametrize("helpers", [1, 2, 5])
+def test_one_expert_alone_is_shared_bit_for_bit(helpers: int, threads: int) -> None:
+    """Gated and plain, with and without bias: outputs shared among threads are the whole products'."""
+    from moetier import experts
+
+    class Family(torch.nn.Module):
+        is_transposed = has_post_expert_norm = False
+
+        def __init__(self, has_gate: bool):
+            super().__init__()
+            self.has_gate, self.act_fn = has_gate, torch.nn.functional.silu
+
+        def _apply_gate(self, x: torch.Tensor) -> torch.Tensor:
+            gate, up = x.chunk(2, dim=-1)
+            return torch.nn.functional.silu(gate) * up
+
+    crew = Crew(helpers, cuts=True)
+    generator = torch.Generator().manual_seed(helpers)
+    try:
+        for has_gate in (True, False):
+            for bias in (True, False):
+                width, inner = 130, 192
+                outputs = 2 * inner if has_gate else inner
+                name = "gate_up_proj" if has_gate else "up_proj"
+                shapes = {name: (outputs, width), "down_proj": (width, inner)}
+                if bias:
+                    shapes |= {f"{name}_bias": (outputs,), "down_proj_bias": (width,)}
+                fields = {n: torch.randn(s, generator=generator).bfloat16() for n, s in shapes.items()}
+                x = torch.randn(1, width, generator=generator).bfloat16()
+                whole = experts.expert_math(Family(has_gate), x, fields)
+                math = experts._Math(Family(has_gate), x, fields, (1,))
+                math.compute_shared(0, fields, crew, None)
+                assert torch.equal(math.down, whole)
+    finally:
+        crew.close()

@@ -101,7 +101,7 @@ def accesses_of(log: EventLog) -> list[Access]:
     accesses = []
     for name, *arguments in log.events:
         if name == "acquire":
-            time, layer, experts, tokens, phase, sequence, mass = arguments[0]
+            time, layer, experts, tokens, phase, sequence, mass, *_ = arguments[0]
             keys = tuple(ExpertKey(layer, expert) for expert in experts)
             accesses.append(Access(time, layer, keys, tuple(tokens), Phase(phase), sequence, tuple(mass)))
     return accesses

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,37 @@ def test_a_table_and_a_file(folder: Path, text: Path, tmp_path: Path) -> None:
         assert word in result.stdout
 
 
+def test_the_same_options_as_run(folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts from a packed store, how threads share a step, who computes misses: all reach every loaded model."""
+    import moetier
+
+    model, store, out = tmp_path / "model", tmp_path / "model.moetier", tmp_path / "r.json"
+    shutil.copytree(folder, model)
+    call("pack", model, store)
+    load, asked = moetier.from_pretrained, []
+
+    def spy(*args: Any, **options: Any) -> Any:
+        asked.append(tuple(options[name] for name in ("store", "split", "cpu_experts")))
+        return load(*args, **options)
+
+    monkeypatch.setattr(moetier, "from_pretrained", spy)
+    common = ("eval", model, "--text", text, "--tokens", 8, "--slots", 8, "--try", "drop_misses=0.9", "--json", out)
+    found = []
+    for place, kind in ((None, "packed"), ("none", "checkpoint"), (store, "packed")):
+        call(*common, *(() if place is None else ("--store", place)), "--split", "products")
+        report = json.loads(out.read_text())
+        assert report["store"] == {"kind": kind, "path": str(store if kind == "packed" else model)}
+        for row in report["results"]:
+            del row["tokens_per_second"], row["bytes_per_token"]  # records of a packed store are padded
+        found.append(report["results"])
+    assert found[0] == found[1] == found[2]
+    assert asked[2:4] == [("none", "products", "off")] * 2
+    result = call(*common, "--device", "cpu", "--cpu-experts", "always")
+    assert asked[-1] == (None, "auto", "always")
+    assert "warning: --cpu-experts is not used: the model computes on the CPU" in said(result)
+    assert "cpu-experts" not in said(call(*common, "--device", "cpu", "--cpu-experts", "always", "--quiet"))
+
+
 def test_windows_longer_than_the_model_is_made_for(folder: Path, text: Path) -> None:
     result = call("eval", folder, "--text", text, "--slots", 8, "--tokens", 4, "--window", 300)
     assert "warning: windows of 300 tokens, but the model is made for 256" in said(result)
@@ -143,6 +175,9 @@ def test_windows_longer_than_the_model_is_made_for(folder: Path, text: Path) -> 
         (["--slots", "none"], 2, "slots"),
         (["--dtype", "int8"], 2, "--dtype int8: choose one of"),
         (["--window", "1"], 2, "--window"),
+        (["--split", "rows"], 2, "error: --split: 'rows' is unknown; choose"),
+        (["--cpu-experts", "maybe"], 2, "error: unknown --cpu-experts 'maybe'"),
+        (["--store", "nowhere"], 2, "error: --store: nowhere"),
         (["--json", "/nowhere/at/all.json"], 2, "--json /nowhere/at/all.json: cannot be written"),
     ],
 )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,46 +214,51 @@ def test_steps_that_cannot_be_removed_are_removed_later(run: RunFolder, monkeypa
     assert [path.name for path in (run.folder / "steps").iterdir()] == ["step-3.3"]
 
 
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_run_folder import *
-from moetier.stores.runfolder import RunFolder
+def in_child(work: Callable[[], object]) -> str:
+    """What a function returns, or the error it raises, in a forked process."""
+    hear, tell = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # there are threads, but none that the child needs
+        child = os.fork()
+    if not child:
+        try:
+            answer = str(work())
+        except BaseException as error:
+            answer = f"{type(error).__name__}: {error}"
+        os.write(tell, answer.encode())
+        os._exit(0)
+    os.close(tell)
+    with open(hear) as told:
+        answer = told.read()
+    os.waitpid(child, 0)
+    return answer
 
-run = RunFolder.open(Path({folder!r}), keep=None)
-store = family(run)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (6 * 4096, hard))
-written = 0
-try:
-    for seed in range(9):
-        put(store, KEYS[seed % 6], 50 + seed)
-        written += 1
-        run.commit(100 + seed)
-except StoreError as error:
-    print(error)
-    assert "weights.bin" in str(error) and "File too large; make room" in str(error), error
-else:
-    raise SystemExit("the limit did nothing")
-assert 0 < written < 9
-assert run.steps() == [1] + [100 + seed for seed in range(written)]
-resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-put(store, KEYS[written % 6], 99)
-run.commit(200)
-assert not list(run.verify())
-print("done", written)
-"""
+
+def grow_until_refused(folder: Path) -> int:
+    """Write and commit under a limit of the system for the size of files; go on when it is gone."""
+    with RunFolder.open(folder, keep=None) as run:
+        store = family(run)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6 * PAGE, hard))
+        written = 0
+        with pytest.raises(StoreError, match=r"weights\.bin: .*File too large; make room"):
+            for seed in range(9):
+                put(store, KEYS[seed % 6], 50 + seed)
+                written += 1
+                run.commit(100 + seed)
+        assert run.steps() == [1] + [100 + seed for seed in range(written)]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        put(store, KEYS[written % 6], 99)
+        run.commit(200)
+        assert not list(run.verify())
+        return written
 
 
 def test_a_file_that_may_not_grow(run: RunFolder) -> None:
     """A limit of the system, and no patched function: the store goes on once there is room."""
     run.close()
-    code = FULL.format(tests=str(Path(__file__).parent), folder=str(run.folder))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    written = int(ended.stdout.split()[-1])
+    written = int(in_child(lambda: grow_until_refused(run.folder)))
+    assert 0 < written < 9
     with RunFolder.open(run.folder) as again:
         assert holds(family(again), {KEYS[written % 6]: 99, KEYS[written - 1]: 50 + written - 1})
 
@@ -516,36 +523,66 @@ def test_read_only(run: RunFolder) -> None:
 def test_a_second_writer(run: RunFolder) -> None:
     with pytest.raises(ConfigError, match="this process has it open already"):
         RunFolder.open(run.folder, write=False)
-    code = (
-        "import sys\nfrom moetier.stores.runfolder import RunFolder\n"
-        "for write in (True, False):\n"
-        "    try:\n        RunFolder.open(sys.argv[1], write=write)\n"
-        "    except Exception as error:\n        print(error)\n"
-    )
-    other = subprocess.run([sys.executable, "-c", code, str(run.folder)], capture_output=True, text=True, check=True)
-    lines = other.stdout.splitlines()
-    assert len(lines) == 2 and all(f"another process ({os.getpid()}) has it open" in line for line in lines)
+    for write in (True, False):
+        code = [sys.executable, "-c", LOCKED, str(run.folder / "lock"), str(int(write))]
+        assert subprocess.run(code, capture_output=True, text=True, check=True).stdout.strip() == "refused"
     put(family(run), KEYS[0], 4)
     run.commit(2)  # none of that took the lock away
+    run.close()
+    said = in_child(lambda: RunFolder.open(run.folder).steps())
+    assert said == "[1, 2]"  # and a process that ended does not keep it
+    RunFolder.open(run.folder).close()
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+LOCKED = """
+import fcntl, sys
+file = open(sys.argv[1], "r+")
+try:
+    fcntl.lockf(file, (fcntl.LOCK_EX if int(sys.argv[2]) else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+except OSError:
+    print("refused")
+"""
+
+
+def test_another_process_that_has_the_run(run: RunFolder) -> None:
+    folder = _closed(run)
+    hold = f"import fcntl, sys\nfile = open({str(folder / 'lock')!r}, 'r+')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    hold += "import os\nfile.write(f'{os.getpid()}\\n'); file.flush()\nprint('held', flush=True)\nsys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        for write in (True, False):
+            with pytest.raises(ConfigError, match=rf"another process \({other.pid}\) has it open; wait until it ends"):
+                RunFolder.open(folder, write=write)
+        other.kill()
+    RunFolder.open(folder).close()
+
+
+def test_a_forked_child_does_not_keep_the_lock(run: RunFolder) -> None:
     """As a data loader's workers do when the process that trains is killed."""
-    folder = tmp_path / "run"
-    code = (
-        "import os, sys, time\nfrom moetier.stores.runfolder import RunFolder\n"
-        "run = RunFolder.create(sys.argv[1], model='m', fingerprint='f')\n"
-        "child = os.fork()\nif not child:\n    time.sleep(60)\nprint(child, flush=True)\ntime.sleep(60)\n"
-    )
-    trains = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert trains.stdout is not None
-    child = int(trains.stdout.readline())
-    with pytest.raises(ConfigError, match="another process"):
+    folder = _closed(run)
+    hear, tell = os.pipe()
+
+    def train_and_die() -> None:
         RunFolder.open(folder)
-    trains.kill()
-    trains.wait()
-    try:
-        RunFolder.open(folder).close()
-    finally:
-        os.kill(child, signal.SIGKILL)
-        trains.stdout.close()
+        if not os.fork():
+            os.read(hear, 1)  # lives on, until the test ends
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child_that_dies(train_and_die) == signal.SIGKILL
+    RunFolder.open(folder).close()
+    os.close(hear)
+    os.close(tell)
+
+
+def in_child_that_dies(work: Callable[[], None]) -> int:
+    """The signal that ended a forked process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if not child:
+        work()
+        os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROUNDS = int(os.environ.get("MOETIER_KILLS", "12"))
+ROUNDS = int(os.environ.get("MOETIER_KILLS", "6"))
 
 
 @pytest.mark.timeout(120 + 3 * ROUNDS)

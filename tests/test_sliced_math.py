@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from moetier import chunks
+from moetier import products
 from moetier.record import RecordLayout
 from moetier.stores.slices import GRANULE, can_cut, divide, least_outputs
 
@@ -93,7 +93,7 @@ def test_an_unaligned_transposed_matrix_is_not_cut(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_of_this_machine_passes(dtype: torch.dtype, is_transposed: bool) -> None:
     for outputs, inputs in [shape for shape in SHAPES if shape[0] % 8 == 0] + [(5760, 2880)]:
-        assert chunks.products_can_be_cut(dtype, inputs, outputs, is_transposed)
+        assert products.products_can_be_cut(dtype, inputs, outputs, is_transposed)
 
 
 @pytest.mark.parametrize("is_transposed", [False, True], ids=["linear", "transposed"])
@@ -109,6 +109,6 @@ def test_the_check_sees_a_library_that_sums_otherwise(is_transposed: bool, monke
             result = plain(x[:, :half], weight[:half]) + plain(x[:, half:], weight[half:])
         return result if out is None else out.copy_(result)
 
-    assert chunks.products_can_be_cut(torch.float32, 192, 416, is_transposed)
+    assert products.products_can_be_cut(torch.float32, 192, 416, is_transposed)
     monkeypatch.setattr(torch, "mm", mm)
-    assert not chunks.products_can_be_cut(torch.float32, 192, 416, is_transposed)
+    assert not products.products_can_be_cut(torch.float32, 192, 416, is_transposed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from memory_store import MemoryStore
 from moetier.access import Access, ExpertKey
+from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.record import RecordLayout
 from moetier.training.caches import small_cache
 from moetier.training.engine import Applied, TrainingEngine
 from moetier.training.gradients import gradient_layout
+from moetier.training.ledger import Ledger
 from moetier.training.optimizers import make_optimizer
 from moetier.training.proxy import Proxy
 
@@ -139,3 +142,74 @@ def test_steps_are_those_of_torch_with_zero_gradients_for_the_idle(rig: Any, kin
     for key, fields in mine.weights().items():
         for name, field in fields.items():
             assert torch.equal(field, mine.parameters[key][name]), (key, name)
+
+
+def test_skipped_experts_keep_their_own_count(rig: Any) -> None:
+    """As torch treats parameters whose gradient is None."""
+    mine = rig("adamw(weight_decay=0.1)", 2)
+    mine.engine.applied.idle = "skip"
+    theirs = of_torch("adamw(weight_decay=0.1)", [p for f in mine.parameters.values() for p in f.values()], 0.1)
+    for step in range(STEPS):
+        for layer in reversed(range(LAYERS)):
+            mine.backward(layer, experts_of(step, layer), step)
+        theirs.step()
+        theirs.zero_grad()
+        mine.engine.step(settings(mine, 0.1), unscaled)
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
+
+
+def test_a_layer_without_gradients_makes_no_step(rig: Any) -> None:
+    mine = rig("adamw(weight_decay=0.1)", 2)
+    mine.backward(1, [2], 0)
+    mine.engine.step(settings(mine, 0.1), unscaled)
+    assert [mine.engine.ledger.steps(layer) for layer in range(LAYERS)] == [0, 1]
+    assert mine.engine.ledger.behind(0) == [] and len(mine.engine.ledger.behind(1)) == EXPERTS - 1
+
+
+@pytest.mark.parametrize("writes", [0, 5])
+def test_an_update_that_fails_ends_training(rig: Any, writes: int) -> None:
+    mine = rig("sgd", 1)
+    mine.backward(0, [0, 1, 2], 0)
+    mine.store.refuse = mine.store.writes + writes % 2
+    with pytest.raises(StoreError, match="the disk is full"):
+        mine.engine.step(settings(mine, 0.1), unscaled)
+    for call in (mine.engine.catch_up_all, lambda: mine.engine.add(ExpertKey(0, 0), {})):
+        with pytest.raises(MoetierError, match="it goes on from the last checkpoint"):
+            call()
+    mine.store.refuse = None
+
+
+def test_the_proxy_shows_the_norm_and_hands_back_what_was_done_to_it(rig: Any) -> None:
+    mine = rig("sgd", 2)
+    mine.backward(0, [0, 3], 0)
+    every = [p.grad.reshape(-1) for f in mine.parameters.values() for p in f.values() if p.grad is not None]
+    proxy = mine.proxies[0]
+    assert proxy.weight.grad.item() == pytest.approx(torch.cat(every).norm().item(), rel=1e-6)
+    assert proxy.factor() == 1.0 and mine.proxies[1].weight.grad is None
+    proxy.weight.grad *= 0.25
+    assert proxy.factor() == 0.25
+    mine.engine.clear()
+    assert proxy.weight.grad is None and proxy.factor() == 1.0 and not mine.engine.pending
+    proxy.show(0.0)
+    proxy.weight.grad += 1.0
+    with pytest.raises(ConfigError, match="can be scaled, not shifted"):
+        proxy.factor()
+    assert not proxy.state_dict()
+
+
+def test_the_books_come_back_as_they_were(rig: Any) -> None:
+    mine = rig("momentum", 2)
+    for step in range(3):
+        mine.backward(0, experts_of(step, 0), step)
+        mine.engine.step(settings(mine, 0.1 / (step + 1)), unscaled)
+    template = mine.optimizer.settings
+    again = Ledger([EXPERTS] * LAYERS)
+    again.load(json.loads(json.dumps(mine.engine.ledger.save())), template)
+    for expert in range(EXPERTS):
+        assert again.owed(ExpertKey(0, expert)) == mine.engine.ledger.owed(ExpertKey(0, expert))
+    assert again.save() == mine.engine.ledger.save()
+    for damaged in ({}, {"done": [[1]]}, mine.engine.ledger.save() | {"done": [[0]]}):
+        with pytest.raises(StoreError, match="books of steps"):
+            again.load(damaged, template)

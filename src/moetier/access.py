@@ -22,7 +22,6 @@ class Phase(IntEnum):
 
     PREFILL = 0
     DECODE = 1
-    BACKWARD = 2  # a training step on its way back: the layers in descending order
 
 
 class Part(IntEnum):

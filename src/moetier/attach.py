@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,14 +27,15 @@ from moetier.residency import Residency
 from moetier.routing import Lever
 from moetier.saving import save_streaming
 from moetier.sizing import record_nbytes, slice_nbytes, workspace_nbytes
+from moetier.split_trial import SplitTrial
 from moetier.stores.checkpoint import CheckpointStore, slot_nbytes
 from moetier.stores.opening import find_packed
 from moetier.stores.packed import PackedStore
 from moetier.stores.packed_index import PackedIndex
 from moetier.stores.shards import Shards
-from moetier.stream_ahead import StreamAhead
 from moetier.tiered import TieredExperts
-from moetier.tiers import configure
+from moetier.tiers import configure_all
+from moetier.training.ahead import StepAhead
 
 
 def attach_cache(
@@ -72,8 +72,6 @@ def attach_cache(
         if isinstance(cache, ExpertCache):
             calibration = serve_in_place(cache, options.cpu_experts, modules[0][1], top_k)
             attach_prefetching(model, cache, options.prefetch, top_k)
-            if options.prefetch != OFF and plan.slots < plan.workload.records:
-                cache.ahead = StreamAhead(cache.core, tuple(len(m.recipes) for m in maps))
         crew = None
         readers_at_work = plan.chunks is None and plan.slots < plan.workload.records
         if device.type == "cpu" and readers_at_work:  # without them, nobody is in torch's way
@@ -84,6 +82,10 @@ def attach_cache(
     policy = find_policy(parse_policy(options.policy)[0])
     tiered = TieredExperts(cache, plan, maps, recorder, getattr(policy, "needs_mass", False) or options.record_profile)
     tiered.calibration, tiered.crew = calibration, crew
+    if isinstance(cache, ExpertCache) and options.prefetch != OFF and plan.slots < plan.workload.records:
+        cache.ahead = StepAhead(cache.core, tuple(len(m.recipes) for m in maps), tiered.tape.coming)
+    if crew is not None and options.split == "auto":
+        tiered.trial = SplitTrial()
     bind(model, modules, tiered)
     save_streaming(model, shards, maps)
     if options.levers.on:
@@ -219,11 +221,8 @@ def build_cache(
     """Arenas, residency core and cache for a plan."""
     on_gpu = device.type != "cpu"
     top_k, layers = plan.workload.top_k, plan.workload.layers
-    configs = [
-        configure(tier.slots, store.records, layers, top_k, options.policy, options.admission) for tier in plan.tiers
-    ]
-    if len(configs) > 1:  # together the tiers hold what each alone could not
-        configs[1] = replace(configs[1], exclusive=True, spare=min(top_k, configs[0].slots // 8))
+    sizes = [tier.slots for tier in plan.tiers]
+    configs = configure_all(sizes, store.records, layers, top_k, options.policy, options.admission)
     core = Residency(configs, store.layers, store.experts)
     recorder = Recorder(core) if options.record_events else None
     host = HostArena(plan.tiers[-1].slots, store.slot_nbytes, page_locked=on_gpu)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from moetier.pinning import WarmPinning
     from moetier.prefetch_engine import Prefetching
     from moetier.profile import Profile
-    from moetier.stream_ahead import StreamAhead
+    from moetier.stream_ahead import Ahead
     from moetier.timeline import AccessProbe, Timeline
 
 
@@ -93,11 +93,12 @@ class ExpertCache:
         self.pinning: WarmPinning | None = None  # told of every access, with the core's lock held
         self.profile: Profile | None = None  # counts every access
         self.probe: Timeline | None = None  # records a timeline of every access
-        self.ahead: StreamAhead | None = None  # starts the next layer of a prefill
+        self.ahead: Ahead | None = None  # starts the next layer of a prefill, or of a training step
         self._prefetching: Prefetching | None = None
         self._errors: dict[int, BaseException] = {}
         self._unsaved: dict[ExpertKey, BaseException] = {}  # changed records that could not be written home
         self._owners: dict[int, int] = {}  # live ticket -> thread
+        self._to_foresee: dict[int, Ticket] = {}  # thread -> its access, if the next ones are to be foreseen
         self._closed = False
         self._time = 0
         self.wait_seconds = 0.0  # T_wait: nothing to compute, an expert is on its way
@@ -114,23 +115,25 @@ class ExpertCache:
         for (lease,) in self.batches(access, limit=1):
             yield lease
 
-    def batches(self, access: Access, limit: int | None = None) -> Iterator[list[Lease]]:
+    def batches(self, access: Access, limit: int | None = None, aside: bool = False) -> Iterator[list[Lease]]:
         """Like `stream`, but yield all leases that are ready at once (at most `limit`): fewer, larger steps of math.
 
         While experts wait for a slot (waves), leases come one by one, so that each slot is refilled as soon as its
-        expert is done. Leases in place come in batches of their own, when the device has all it can have.
+        expert is done. Leases in place come in batches of their own, when the device has all it can have. With `aside`
+        the caller may call `foresee` while others work on its leases; what it leaves is done before it has to wait.
         """
         clock = time.perf_counter
         begin = clock()
         ticket, hits, foresee = self._open(access)
         probe = None if self.probe is None else self.probe.opened(ticket.access, ticket.ready, begin)
         idle = hits == len(access.keys)  # the links have nothing to do: now is the time
+        if foresee:
+            self._to_foresee[threading.get_ident()] = ticket
         held: list[Lease] = []
         try:
             while True:
-                if foresee and not ticket.waiting and (idle or not ticket.ready):
-                    foresee = False
-                    self._foresee(ticket.access)
+                if foresee and ((idle and not aside) or not ticket.ready):
+                    self.foresee()
                 with self._condition:
                     for lease in held:
                         self._release(ticket, lease)
@@ -151,6 +154,7 @@ class ExpertCache:
                 if probe is not None:
                     probe.computed(now, begin, [lease.key for lease in held])
         finally:
+            self._to_foresee.pop(threading.get_ident(), None)
             with self._condition:
                 self._owners.pop(ticket.number, None)
                 for lease in held:
@@ -188,10 +192,14 @@ class ExpertCache:
             self._start_orders()
             return ticket, hits, foresee
 
-    def _foresee(self, access: Access) -> None:
-        """Prefetch for the accesses after this one. Predicts without the lock: it may take long."""
+    def foresee(self) -> None:
+        """Prefetch for what comes after this thread's access, once. Predicts without the lock: it may take long."""
+        ticket = self._to_foresee.get(threading.get_ident())
+        if ticket is None or ticket.waiting:
+            return
+        del self._to_foresee[threading.get_ident()]
         assert self._prefetching is not None
-        begin = time.perf_counter()
+        access, begin = ticket.access, time.perf_counter()
         wanted = self._prefetching.predict(access)
         if wanted:
             with self._condition:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +24,14 @@ from moetier.experts import Routing
 from moetier.mover import ThreadMover
 from moetier.overlap import Clocks
 from moetier.plan import ChunkPlan
+from moetier.products import products_can_be_cut
 from moetier.stores import SlicedStore
-from moetier.stores.slices import GRANULE, Cut, SliceStore, cut
+from moetier.stores.slices import Cut, SliceStore, cut
 from moetier.tiers import Copy, Kind, Place
 
 if TYPE_CHECKING:
     from moetier.profile import Profile
     from moetier.timeline import Timeline
-
-_CHECKED_NBYTES = 2 << 20  # weights that the check of products makes up; within the workspace of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +212,7 @@ def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slice
     if not routing.tokens:
         return torch.zeros_like(hidden)
     edges = list(accumulate(routing.tokens, initial=0))
-    rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
+    rows = routing.rows(hidden)
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up = down = rows.new_empty(0)
     with closing(slices):
@@ -267,26 +266,3 @@ def fields_in_order(module: Any) -> list[str]:
     """The fields of an experts module as `forward_in_slices` wants them."""
     up = "gate_up_proj" if module.has_gate else "up_proj"
     return [up, f"{up}_bias", "down_proj", "down_proj_bias"] if module.has_bias else [up, "down_proj"]
-
-
-def products_can_be_cut(dtype: torch.dtype, inputs: int, outputs: int, is_transposed: bool) -> bool:
-    """Whether this machine's matrix products keep their bits when a matrix is cut between granules of outputs.
-
-    Tried on made-up weights of this many inputs, for one, two and many rows. Products are not specified to do so: a
-    library may sum in another order for a narrower matrix.
-    """
-    most = _CHECKED_NBYTES // (inputs * dtype.itemsize) // GRANULE * GRANULE  # whole granules: aligned if transposed
-    wide = min(outputs, max(2 * GRANULE, most))
-    generator = torch.Generator().manual_seed(inputs)
-    weight = torch.rand(wide, inputs, dtype=dtype, generator=generator).sub_(0.5)
-    weight = weight.t().contiguous() if is_transposed else weight.t()
-    edges = [0, GRANULE, wide] if wide < 4 * GRANULE else [0, GRANULE, wide // 2 // GRANULE * GRANULE, wide]
-    for rows in (1, 2, 33):
-        x = (torch.rand(rows, inputs, generator=generator) - 0.5).to(dtype)
-        whole, parts = torch.mm(x, weight), torch.empty(rows, wide, dtype=dtype)
-        for begin, end in pairwise(edges):
-            narrow = weight[:, begin:end].contiguous() if is_transposed else weight[:, begin:end]
-            torch.mm(x, narrow, out=parts[:, begin:end])
-        if not torch.equal(whole, parts):
-            return False
-    return True

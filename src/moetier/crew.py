@@ -4,8 +4,8 @@ torch splits every small product over its OpenMP threads and has them meet after
 because a reader or another program has its core, the other spins: a decode step of 0.07 s took 0.3 s beside one busy
 process. The crew splits by expert instead: whoever is free takes the next one, and they meet once per batch.
 
-Splitting a product over threads must not change its bits; `is_exact` finds out for the dtype and shapes at hand. Knows
-nothing of experts: it runs callables.
+Splitting a product over threads must not change its bits; `products.py` finds out for the dtype and shapes at hand. The
+crew itself knows nothing of experts: it runs callables.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Literal
 
 import torch
 
 from moetier.errors import ConfigError
+from moetier.products import is_exact, one_thread_can_cut
 from moetier.record import RecordLayout
 
 Split = Literal["auto", "experts", "products"]
 Task = Callable[[], None]
 
-MAX_ROWS = 8  # a product of more rows is long enough for torch's own threads, and was not checked
-_OUTPUTS = 512
-
 
 class Crew:
-    """`helpers` threads beside the one that calls `run`. They start with the first run and wait without spinning."""
+    """`helpers` threads beside the one that calls `run`. They start with the first run and wait without spinning.
 
-    def __init__(self, helpers: int):
+    `cuts` says that one product of one row may also be shared, each thread computing some of its outputs.
+    """
+
+    def __init__(self, helpers: int, cuts: bool = False):
         if helpers < 1:
             raise ValueError(f"a crew needs at least 1 helper, got {helpers}")
-        self.helpers = helpers
+        self.helpers, self.cuts = helpers, cuts
         self._tasks: deque[Task] = deque()
         self._errors: list[BaseException] = []
         self._wake = threading.Semaphore(0)
@@ -44,13 +44,14 @@ class Crew:
         self._threads: list[threading.Thread] = []
         self._closed = False
 
-    def run(self, tasks: Iterable[Task]) -> None:
+    def run(self, tasks: Iterable[Task], first: Task | None = None) -> None:
         """Run all tasks, in any order and at once; return when all have ended. Raises the first error of one.
 
-        A caller that comes while another's tasks run does its own alone.
+        The caller does `first` before it takes part, while the others have begun. A caller that comes while another's
+        tasks run does its own alone.
         """
         if not self._busy.acquire(blocking=False):
-            for task in tasks:
+            for task in tasks if first is None else (first, *tasks):
                 task()
             return
         threads = torch.get_num_threads()
@@ -66,6 +67,8 @@ class Crew:
             for _ in range(called):
                 self._called += 1
                 self._wake.release()
+            if first is not None:
+                first()
             self._work()
             self._gather()
             if self._errors:
@@ -141,34 +144,6 @@ class OneThread:
             torch.set_num_threads(threads)
 
 
-@cache
-def is_exact(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...], is_transposed: bool, threads: int) -> bool:
-    """Whether products of up to `MAX_ROWS` rows with weights of these shapes have the same bits with one thread.
-
-    `shapes` are those of the stored weights, [K, N] if `is_transposed`, else [N, K]. True for bfloat16 and float16
-    wherever it was tried; in float32 MKL takes another way for some row counts.
-    """
-    before = torch.get_num_threads()
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for shape in shapes:
-            # which way a library takes depends on rows and on the inner dimension: some outputs are enough
-            inner, outer = shape if is_transposed else shape[::-1]
-            weight = torch.randn(inner, min(outer, _OUTPUTS), generator=generator).to(dtype)
-            if not is_transposed:
-                weight = weight.t().contiguous().t()
-            for rows in range(1, MAX_ROWS + 1):
-                x = torch.randn(rows, inner, generator=generator).to(dtype)
-                torch.set_num_threads(threads)
-                many = torch.mm(x, weight)
-                torch.set_num_threads(1)
-                if not torch.equal(many, torch.mm(x, weight)):
-                    return False
-    finally:
-        torch.set_num_threads(before)
-    return True
-
-
 def make_crew(split: Split, layouts: Sequence[RecordLayout], is_transposed: bool) -> Crew | None:
     """The crew for these records with as many threads as torch has here, or None where torch's own way is taken.
 
@@ -180,7 +155,8 @@ def make_crew(split: Split, layouts: Sequence[RecordLayout], is_transposed: bool
     weights = sorted({(f.dtype, f.shape) for layout in layouts for f in layout.fields if len(f.shape) == 2}, key=str)
     half = all(dtype in (torch.bfloat16, torch.float16) for dtype, _ in weights)
     if half and all(is_exact(dtype, (shape,), is_transposed, threads) for dtype, shape in weights):
-        return Crew(threads - 1)
+        cuts = not is_transposed and all(one_thread_can_cut(dtype, shape) for dtype, shape in weights)
+        return Crew(threads - 1, cuts)
     if split == "experts":
         raise ConfigError(
             "split='experts': with these dtypes and shapes a product's bits depend on the number of threads; "

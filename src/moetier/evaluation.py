@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from moetier.errors import CheckpointError, ConfigError, StoreError, Unsupported
 from moetier.levers import Levers
 from moetier.routing import Lever
 
-__all__ = ["Outcome", "evaluate", "windows_of"]
+__all__ = ["Outcome", "Reading", "evaluate", "try_on", "windows_of"]
 
 Load = Callable[[Levers], AbstractContextManager[Any]]
 
@@ -95,12 +95,23 @@ def evaluate(
         for levers in (Levers(), *settings):
             with load(levers) as model:
                 if not reference.recorded:
-                    _try_on(model, settings)
-                yield _run(model, levers, windows, reference, progress)
+                    try_on(model, settings)
+                reading = Reading(model, levers, windows)
+                reference.rewind()
+                for ids in windows:
+                    reading.begin()
+                    for position, number in enumerate(ids):
+                        logits = reading.step(number)
+                        if position + 1 < len(ids):
+                            reading.judge(reference.compare(logits), logits, ids[position + 1])
+                        if progress is not None:
+                            progress(1)
+                reference.recorded = True
+                yield reading.outcome()
 
 
-def _try_on(model: Any, settings: Sequence[Levers]) -> None:
-    """A setting that cannot be used is told before minutes are spent on those before it."""
+def try_on(model: Any, settings: Sequence[Levers]) -> None:
+    """A setting that cannot be used is told before minutes are spent on those before it. Raises `ConfigError`."""
     for levers in settings:
         try:
             Lever(model, levers).close()
@@ -108,65 +119,74 @@ def _try_on(model: Any, settings: Sequence[Levers]) -> None:
             raise ConfigError(f"--try {levers}: {error}") from None
 
 
-def _run(
-    model: Any,
-    levers: Levers,
-    windows: Sequence[Sequence[int]],
-    reference: _Reference,
-    progress: Callable[[int], None] | None,
-) -> Outcome:
-    highest, known = max(map(max, windows)), model.get_input_embeddings().weight.shape[0]
-    if highest >= known:
-        raise CheckpointError(
-            f"the tokenizer gives token {highest} but the model knows {known} tokens: their files do not belong "
-            "together"
+class Reading:
+    """One model that reads the windows, token by token, and what was found meanwhile.
+
+    `model` has been loaded with `levers`. Raises `CheckpointError` where the windows hold tokens that it does not know.
+    """
+
+    def __init__(self, model: Any, levers: Levers, windows: Sequence[Sequence[int]]):
+        highest, known = max(map(max, windows)), model.get_input_embeddings().weight.shape[0]
+        if highest >= known:
+            raise CheckpointError(
+                f"the tokenizer gives token {highest} but the model knows {known} tokens: their files do not belong "
+                "together"
+            )
+        self.seconds = 0.0  # of the forward passes
+        self._model, self._levers = model, levers
+        parameters = inspect.signature(model.forward).parameters
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._past: Any = None
+        self._nll = self._kl = 0.0
+        self._agreed = self._predicted = self._tokens = 0
+
+    def begin(self) -> None:
+        """A new window: nothing is remembered of the text; the expert cache stays as it is."""
+        self._past = None
+
+    def step(self, number: int) -> torch.Tensor:
+        """Read a token; the logits of the next one [vocabulary], on the CPU."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            step = torch.tensor([[number]], device=self._model.device)
+            outputs = self._model(input_ids=step, past_key_values=self._past, use_cache=True, **self._extra)
+        self._past, logits = outputs.past_key_values, outputs.logits[0, -1].cpu()
+        self.seconds += time.perf_counter() - begin
+        self._tokens += 1
+        if self._past is None:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__} keeps no decoding cache; it cannot be run by token"
+            )
+        return cast(torch.Tensor, logits)
+
+    def judge(self, exact: torch.Tensor, logits: torch.Tensor, following: int) -> None:
+        """Count a prediction: the exact model's logits, this one's [vocabulary], and the token that followed."""
+        found = logits.double().log_softmax(dim=-1)
+        self._nll -= float(found[following])
+        self._kl += divergence(exact.double().log_softmax(dim=-1), found)
+        self._agreed += int(exact.argmax()) == int(logits.argmax())
+        self._predicted += 1
+
+    def outcome(self) -> Outcome:
+        """What has been found; the model must still be open."""
+        stats = self._model.moetier.stats()
+        top = stats["tiers"][0]
+        demanded = sum(sum(top[kind]) for kind in ("hits", "lates", "misses"))
+        pairs = stats.get("levers", {"choices": 0, "changed": 0, "dropped": 0})
+        choices = max(1, pairs["choices"])
+        return Outcome(
+            levers=self._levers,
+            tokens=self._tokens,
+            predicted=self._predicted,
+            nll=self._nll / self._predicted,
+            kl=self._kl / self._predicted,
+            agreement=self._agreed / self._predicted,
+            seconds=self.seconds,
+            nbytes={name: link["bytes"] for name, link in stats["links"].items()},
+            hit_rate=sum(top["hits"]) / max(1, demanded),
+            overlap=1 - (pairs["changed"] + pairs["dropped"]) / choices,  # what is new is resident, so never dropped
+            dropped=pairs["dropped"] / choices,
         )
-    reference.rewind()
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    nll = kl = seconds = 0.0
-    agreed = predicted = tokens = 0
-    for ids in windows:
-        past = None
-        for position, number in enumerate(ids):
-            begin = time.perf_counter()
-            with torch.no_grad():
-                step = torch.tensor([[number]], device=model.device)
-                outputs = model(input_ids=step, past_key_values=past, use_cache=True, **extra)
-            past, logits = outputs.past_key_values, outputs.logits[0, -1].cpu()
-            seconds += time.perf_counter() - begin
-            tokens += 1
-            if past is None:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__} keeps no decoding cache; it cannot be run by token"
-                )
-            if position + 1 < len(ids):
-                exact = reference.compare(logits)
-                found = logits.double().log_softmax(dim=-1)
-                nll -= float(found[ids[position + 1]])
-                kl += divergence(exact.double().log_softmax(dim=-1), found)
-                agreed += int(exact.argmax()) == int(logits.argmax())
-                predicted += 1
-            if progress is not None:
-                progress(1)
-    reference.recorded = True
-    stats = model.moetier.stats()
-    top = stats["tiers"][0]
-    demanded = sum(sum(top[kind]) for kind in ("hits", "lates", "misses"))
-    pairs = stats.get("levers", {"choices": 0, "changed": 0, "dropped": 0})
-    choices = max(1, pairs["choices"])
-    return Outcome(
-        levers=levers,
-        tokens=tokens,
-        predicted=predicted,
-        nll=nll / predicted,
-        kl=kl / predicted,
-        agreement=agreed / predicted,
-        seconds=seconds,
-        nbytes={name: link["bytes"] for name, link in stats["links"].items()},
-        hit_rate=sum(top["hits"]) / max(1, demanded),
-        overlap=1 - (pairs["changed"] + pairs["dropped"]) / choices,  # what is new is resident, so never dropped
-        dropped=pairs["dropped"] / choices,
-    )
 
 
 def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:

@@ -7,7 +7,7 @@ experts became ready in. Families differ only by the flags that `use_experts_imp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,9 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.cache import Lease
-from moetier.crew import MAX_ROWS, Crew
+from moetier.crew import Crew, Task
+from moetier.products import MAX_ROWS
+from moetier.stores.slices import GRANULE, divide, least_outputs
 
 Fields = dict[str, torch.Tensor]
 # neighbouring experts: which of the access's experts, in ascending order, and its fields
@@ -60,15 +62,25 @@ class Routing:
     `index` and `weights` are [T, K]. Reading the expert ids, and with `with_mass` the gate weights in the same copy, is
     the one device-to-host transfer of a layer. `mass` is the sum of the gate weights of each expert's tokens, ascending
     by expert; empty without `with_mass`.
+
+    One token needs no sorting, as every expert has one row: there the rows keep the token's own order.
     """
 
     def __init__(self, index: torch.Tensor, weights: torch.Tensor, with_mass: bool = False):
         self.top_k = index.size(-1)
+        self.number: dict[int, int] = {}  # expert, ascending -> its place among those of the rows
+        self.tokens: tuple[int, ...] = ()  # rows of each of them; an expert's rows are neighbours
+        self.mass: tuple[float, ...] = ()
+        self.unsorted = index.numel() == self.top_k and index.device.type == "cpu" and self._take(index)
+        if self.unsorted:
+            self.order = torch.arange(self.top_k)
+            self.weights = weights.reshape(-1)
+            if with_mass:
+                mass = self.weights.detach().tolist()
+                self.mass = tuple(mass[number] for number in self.number.values())
+            return
         sorted_experts, self.order = torch.sort(index.reshape(-1))
         self.weights = weights.reshape(-1)[self.order]
-        self.number: dict[int, int] = {}  # expert -> which of the access's experts it is, ascending
-        self.tokens: tuple[int, ...] = ()  # rows of each of them; an expert's sorted rows are neighbours
-        self.mass: tuple[float, ...] = ()
         gates = None
         if not with_mass:
             experts = _read(sorted_experts).numpy()
@@ -82,14 +94,27 @@ class Routing:
             self.tokens = tuple(end - begin for begin, end in pairwise(edges))
             if gates is not None:
                 one_each = len(self.tokens) == len(experts)
-                mass = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
-                self.mass = tuple(mass.tolist())
+                sums = gates if one_each else np.add.reduceat(gates.astype(np.float64, copy=False), edges[:-1])
+                self.mass = tuple(sums.tolist())
+
+    def _take(self, index: torch.Tensor) -> bool:
+        """Number one token's experts as they stand; False if one of them stands there twice."""
+        experts = index.reshape(-1).tolist()
+        self.number = {expert: number for expert, number in sorted(zip(experts, range(len(experts)), strict=True))}
+        self.tokens = (1,) * len(experts)
+        return len(self.number) == len(experts)
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [S, H], S = T * K pairs: what each row of an expert computes on."""
+        return hidden.expand(self.top_k, -1) if self.unsorted else hidden[self.order // self.top_k]
 
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
-        inverse = torch.empty_like(self.order)
-        inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
-        summed = results[inverse].view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
+        if not self.unsorted:
+            inverse = torch.empty_like(self.order)
+            inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
+            results = results[inverse]
+        summed = results.view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
         return summed.to(hidden.dtype)
 
 
@@ -100,14 +125,15 @@ def forward_from_leases(
     batches: Iterable[Sequence[Lease]],
     crew: Crew | None = None,
     in_place: InPlace | None = None,
+    aside: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
     `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
-    where there may be any.
+    where there may be any. `aside` may be called by this thread while the others compute.
     """
-    rows = hidden[routing.order // routing.top_k]  # [S, H], S = T * K pairs
+    rows = routing.rows(hidden)
     math: _Math | None = None
     if crew is not None and max(routing.tokens, default=0) > MAX_ROWS:
         crew = None
@@ -119,12 +145,14 @@ def forward_from_leases(
         if math is None:
             math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
-        if crew is None or len(batch) == 1:
+        if crew is not None and crew.cuts and len(batch) == 1 and routing.tokens[runs[0][0][0]] == 1:
+            math.compute_shared(*runs[0][0], crew, aside)
+        elif crew is None or len(batch) == 1:
             for run in runs:
                 math.compute(run)
         else:
             shares = _shares(runs, -(-len(batch) // (2 * crew.helpers + 2)))
-            crew.run([partial(math.compute, share) for share in shares])
+            crew.run([partial(math.compute, share) for share in shares], aside)
     down = None if math is None else math.down
     if in_place is not None:
         down = in_place.deliver(down)
@@ -172,6 +200,34 @@ class _Math:
         for (number, fields), x in zip(run, parts, strict=True):
             bias = fields.get("down_proj_bias")
             _linear(x, fields["down_proj"], bias, transposed, self._downs[number])
+
+    def compute_shared(self, number: int, fields: Fields, crew: Crew, aside: Callable[[], None] | None) -> None:
+        """One expert of one row, alone: the crew shares the outputs of its matrices."""
+        module, out = self.module, self._ups[number]
+        weight, bias = fields[self.up_name], fields.get(self.up_bias)
+        crew.run(_parts(self._rows[number], weight, bias, out, crew.helpers + 1), aside)
+        h = module._apply_gate(out) if module.has_gate else module.act_fn(out)
+        weight, bias = fields["down_proj"], fields.get("down_proj_bias")
+        crew.run(_parts(h.to(self.down.dtype), weight, bias, self._downs[number], crew.helpers + 1))
+
+
+def _parts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, parts: int
+) -> list[Task]:
+    """The product as so many products of some outputs each, for weights [outputs, inputs]."""
+    outputs = len(weight)
+    most = max(least_outputs(outputs), -(-outputs // parts // GRANULE) * GRANULE)
+    return [
+        partial(
+            _linear,
+            x,
+            weight[part.start : part.stop],
+            None if bias is None else bias[part.start : part.stop],
+            False,
+            out[:, part.start : part.stop],
+        )
+        for part in divide(outputs, most)
+    ]
 
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:

@@ -20,7 +20,7 @@ from moetier.errors import ConfigError
 from moetier.profile import Profile
 from moetier.simulate.clock import Clock
 from moetier.simulate.config import Link, SimulationConfig, Timing
-from moetier.tiers import TierConfig, configure
+from moetier.tiers import TierConfig, configure_all
 from moetier.trace import Trace
 
 ENOUGH = 24  # observations of a kind, before anything is concluded from them
@@ -278,7 +278,7 @@ def forecast(
     """Serve the accesses with so many slots, set up as the engine sets them up."""
     records = work.layers * work.experts
     sizes = [slots] if host_slots is None else [slots, host_slots]
-    tiers = [configure(size, records, work.layers, work.top_k, policy, admission) for size in sizes]
+    tiers = configure_all(sizes, records, work.layers, work.top_k, policy, admission)
     found, tokens = serve(work, tiers, timing), work.tokens
     counted: dict[str, Any] = {}
     if timing is not None and found.seconds > 0:

@@ -167,7 +167,7 @@ class Watcher:
         for link in self._cache.mover.links:
             link.ends = None
 
-    def _watched(self, access: Access, limit: int | None = None) -> Iterator[list[Lease]]:
+    def _watched(self, access: Access, limit: int | None = None, aside: bool = False) -> Iterator[list[Lease]]:
         cache, clock = self._cache, time.perf_counter
         links = cache.mover.links
         copies = [len(link.ends or ()) for link in links]
@@ -175,7 +175,7 @@ class Watcher:
         waited = cache.wait_seconds
         begin = clock()
         given: list[tuple[float, int, bool]] = []  # when, how many, after a wait
-        for batch in self._batches(access, limit):
+        for batch in self._batches(access, limit, aside):
             given.append((clock(), len(batch), cache.wait_seconds > waited))
             waited = cache.wait_seconds
             yield batch

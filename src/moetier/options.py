@@ -27,7 +27,7 @@ class Options:
     names from `moetier.POLICIES`. `readers` are threads that read the disk (by default one per core, from two to four);
     `io` is auto, direct or buffered. `split` is how torch's CPU threads share a small step: by "experts" (needs dtypes
     and shapes whose products do not depend on the number of threads), by "products" (torch's own way), or "auto":
-    experts where that is exact.
+    where both have the same bits, whichever turns out to be faster.
     `pin_after` accesses, or at once with a saved `profile` (a file), the experts used most are pinned;
     `record_profile` counts uses for `model.moetier.profile()`. `store` is the folder of a packed store to read the
     experts from, or "none"; by default the one beside the checkpoint, if there is one (docs/packed-store.md).

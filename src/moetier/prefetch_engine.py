@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.predictors import Predictor
 from moetier.predictors.reliability import Frequencies
 from moetier.prefetch import ranked
@@ -31,6 +31,7 @@ _STREAMS = 64  # threads whose predictors are kept
 _LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
 _WARMUP = 192  # accesses, for a predictor that does not say how many passes it needs to be of use
 _CANDIDATES = 16  # an access, at most
+_SLACK = 0.5  # records that may be under way when the next access comes: measured, the link shares itself (docs/LOG.md)
 
 
 @dataclass(slots=True)
@@ -148,7 +149,7 @@ class Prefetching:
         access's own thread, without the lock.
         """
         stream = self._streams.get(get_ident())
-        if stream is None or self.error is not None or access.phase is Phase.BACKWARD:  # predictors go forward
+        if stream is None or self.error is not None or access.part > Part.FORWARD:  # predictors go forward
             return {}
         try:
             foresee = getattr(stream.predictor, "foresee", None)  # a shorter way that some have
@@ -281,7 +282,7 @@ class Prefetching:
         if period is None or not each:
             return 1.0 - under_way
         idle = period - max(stream.misses * each, now - stream.begun)
-        return idle / each - under_way
+        return idle / each + _SLACK - under_way
 
     def _issue(self, keys: list[ExpertKey], chances: list[float], setting: Setting, room: float) -> int:
         """Likeliest first, while there is room. One that will be half-way when its access comes saves the other half

@@ -7,15 +7,25 @@ the core's lock and starts the orders.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.residency import Residency
 
 if TYPE_CHECKING:
     from moetier.eventlog import Recorder
 
 SATURATED = 0.75  # share of a layer's experts that an access needs for the next layer's needs to be taken as known
+
+
+class Ahead(Protocol):
+    """What starts loads for the access after the running one; called by the cache, which holds the core's lock."""
+
+    def demanded(self, access: Access) -> None:
+        """After `acquire`."""
+
+    def released(self, access: Access) -> None:
+        """After a release, when no expert of the access waits for a slot any more."""
 
 
 class StreamAhead:
@@ -37,7 +47,7 @@ class StreamAhead:
     def released(self, access: Access) -> None:
         """After a release, when no expert of the access waits for a slot any more."""
         layer = access.layer + 1
-        if access.phase is not Phase.PREFILL or layer >= len(self._experts):
+        if access.phase is not Phase.PREFILL or access.part > Part.FORWARD or layer >= len(self._experts):
             return
         if len(access.keys) < SATURATED * self._experts[access.layer]:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -10,20 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moetier.access import Access, Phase
+from moetier.access import Access, Part, Phase
 from moetier.cache import ExpertCache, Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace
-from moetier.crew import MAX_ROWS, Crew, OneThread
+from moetier.crew import Crew, OneThread
 from moetier.errors import ConfigError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of
 from moetier.mapping import LayerMap
 from moetier.overlap import Overlap, StepClock
 from moetier.plan import Plan
+from moetier.products import MAX_ROWS
 from moetier.profile import Profile
 from moetier.routing import Lever
+from moetier.split_trial import SplitTrial
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
 from moetier.training.autograd import differentiable
@@ -59,7 +62,10 @@ class TieredExperts:
         self.sink: Sink | None = None  # trains the experts; None: they are frozen
         self.tape = Tape()  # forwards whose backward is still to come
         self._one_thread = OneThread()
-        self._small = False  # the step that runs
+        self.trial: SplitTrial | None = None  # decides when the crew does it; None: always
+        self._small = 0  # tokens of the step that runs, if it is a small one
+        self._small_before = 0
+        self._begun = 0.0
         self._recorder = recorder
         self._needs_mass = needs_mass
         self._clock = 0
@@ -87,26 +93,37 @@ class TieredExperts:
         return self.compute(layer, module, hidden, index, weights)[0]
 
     def compute(
-        self, layer: int, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+        self,
+        layer: int,
+        module: Any,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        part: Part = Part.SERVE,
     ) -> tuple[torch.Tensor, Access]:
-        """`forward` without a graph, and the access that it was."""
+        """`forward` without a graph, and the access that it was; `part` of a training step."""
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
-        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass)
+        access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass, part=part)
         if isinstance(self.cache, SliceCache):
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
-        crew = self.crew if self._small else None
-        batches: Iterable[Sequence[Lease]] = self.cache.batches(access)
+        crew = self.crew if self._small and self._by_expert else None
+        batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
         if self.sink is not None:
             batches = self.sink.fresh(access, batches)
-        return forward_from_leases(module, hidden, routing, batches, crew, in_place), access
+        result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+        return result, access
 
     def again(self, access: Access) -> Access:
         """The access of a backward over the experts of a forward."""
         self._clock += 1
-        return replace(access, time=self._clock, phase=Phase.BACKWARD)
+        return replace(access, time=self._clock, part=Part.BACKWARD)
+
+    @property
+    def _by_expert(self) -> bool:
+        return self.trial is None or self.trial.crew
 
     @property
     def phase(self) -> Phase:
@@ -126,14 +143,20 @@ class TieredExperts:
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
             self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
-            shared = self.crew is not None and torch.get_num_threads() > 1
-            self._small = shared and tokens.shape[0] * tokens.shape[1] <= MAX_ROWS
-            if self._small:
+            rows = tokens.shape[0] * tokens.shape[1]
+            shared = self.crew is not None and rows <= MAX_ROWS and torch.get_num_threads() > 1
+            self._small = rows if shared else 0
+            self._begun = time.perf_counter()
+            if self._small and self._by_expert:
                 self._one_thread.enter()
 
     def after_forward(self, module: Any, args: Any, output: Any = None) -> None:
         """Forward hook of the model, called also when the forward failed, then without an output."""
         self._one_thread.leave()
+        if self._small and self.trial is not None and output is not None:
+            if self._small == self._small_before:  # else the times say nothing
+                self.trial.record(time.perf_counter() - self._begun)
+            self._small_before = self._small
         step = None if output is None else self._steps.end()
         if step is not None and self.cache.probe is not None:
             self.cache.probe.stepped(*step)
@@ -174,7 +197,7 @@ class TieredExperts:
                 "tokens": self._steps.tokens[phase],
                 **self.overlap(phase).summary(),
             }
-            for phase in (Phase.PREFILL, Phase.DECODE)
+            for phase in Phase
         }
         stats = {**self.cache.stats(), "phases": phases}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from typing import NamedTuple
 
@@ -156,6 +156,26 @@ def configure(
         staging=min(top_k, slots // 8) if roomy and admission != "always" else 0,
         floor=0 if everything_fits else min(top_k, slots // (2 * layers)),
     )
+
+
+def configure_all(
+    sizes: Sequence[int],
+    records: int,
+    layers: int,
+    top_k: int,
+    policy: str = "horizon",
+    admission: str = "decode-only",
+) -> list[TierConfig]:
+    """All tiers as the engine sets them up, fastest first: two are exclusive, so that together they hold more."""
+    tiers = [configure(slots, records, layers, top_k, policy, admission) for slots in sizes]
+    if len(tiers) > 1:
+        tiers[1] = replace(tiers[1], exclusive=True, spare=spare_for(sizes[0], top_k))
+    return tiers
+
+
+def spare_for(slots: int, top_k: int) -> int:
+    """How many victims of a tier 0 of this size the engine copies down ahead."""
+    return min(top_k, slots // 8)
 
 
 class Tier:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from moetier.access import Access, ExpertKey
+from moetier.access import Access, ExpertKey, Part
 from moetier.tiers import READY, Entry, Room, Tier
 
 if TYPE_CHECKING:
@@ -73,5 +73,12 @@ def eligible(core: Residency, tier: Tier, need: int, access: Access, background:
 
 
 def is_new(core: Residency, entry: Entry) -> bool:
-    """Loaded in this round of the model; if it was prefetched and not demanded yet, in this or the last."""
+    """Loaded in this round of the model; if it was prefetched and not demanded yet, in this or the last.
+
+    In forward and backward of a training step the order is known, and a pass has no use for what it left behind: only
+    what was not demanded yet is new, and whatever the next layer may need.
+    """
+    last = core._last
+    if last.part in (Part.FORWARD, Part.BACKWARD):
+        return entry.prefetched or entry.key.layer == last.layer + (1 if last.part is Part.FORWARD else -1)
     return entry.round >= core._round - entry.prefetched

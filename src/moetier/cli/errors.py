@@ -23,7 +23,8 @@ EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
 
 _FLAGS = (  # the library names its arguments, a user of the command line knows flags
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
-    (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store): "), r"--\1: "),
+    (re.compile(r"(?<![\w./-])cpu_experts(?![\w./-])"), "--cpu-experts"),
+    (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store|split): "), r"--\1: "),
     (re.compile(r"^pin_after: "), "--pin-after: "),
     (re.compile(r"^(cache|keep|max|drop)_(prior|top|rank|mass|misses): "), r"--\1-\2: "),
     (re.compile(r"^processes: "), "--jobs: "),

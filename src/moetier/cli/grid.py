@@ -15,9 +15,11 @@ from moetier.policies import ADMISSIONS, find_policy, make_policy, parse_policy
 from moetier.predictors import make_predictor
 from moetier.registry import split_names
 from moetier.simulate.config import Link, Scope, Semantics, SimulationConfig, Timing
+from moetier.tiers import spare_for
 from moetier.trace import Trace
 
 ORACLES = ("belady", "belady-forced")
+REFILLS = {"never": False, "always": True, "auto": None}
 SCOPES: dict[str, tuple[Scope, ...]] = {"global": ("global",), "layer": ("layer",), "both": ("global", "layer")}
 
 
@@ -39,7 +41,7 @@ class Machine:
         names = [name for name in self.__slots__ if name != "record_size" and getattr(self, name) is not None]
         return ["--" + name.replace("_", "-") for name in names]
 
-    def timing(self, host: bool, dirty: bool, semantics: str) -> Timing | None:
+    def timing(self, host: bool, dirty: bool, exclusive: bool, semantics: str) -> Timing | None:
         """The virtual machine, if a flag asks for one. What is not given keeps the default of `Timing`."""
         given = self.given()
         if not given:
@@ -50,7 +52,7 @@ class Machine:
             raise ConfigError(f"--semantics sequential has no time: an access is served at once; leave out {given[0]}")
         for flag, wanted, without in (
             ("--h2d-gbps", host, "--host-slots: with one tier experts come from disk"),
-            ("--d2h-gbps", host and dirty, "--host-slots and --dirty: clean experts are dropped, not written back"),
+            ("--d2h-gbps", exclusive or (host and dirty), "exclusive tiers (see --host-slots): nothing is copied down"),
             ("--disk-write-gbps", dirty, "--dirty: clean experts are dropped, not written back"),
         ):
             if flag in given and not wanted:
@@ -84,6 +86,9 @@ class Grid:
     staging: int = 0
     host_slots: str | None = None
     host_policy: str | None = None
+    exclusive: bool | None = None  # None: as a run does, with two tiers
+    spare: int | None = None  # None: as a run does
+    refill: str | None = None  # None: never, as a run does
     predictor: str | None = None
     prefetch_confidence: float | None = None
     prefetch_limit: int | None = None
@@ -107,6 +112,7 @@ class Grid:
         self._check_sizes(sizes, trace)
         self._check_policies(min(sizes), trace, fitted)
         self._check_options(trace)
+        self._check_tiers()
         common: dict[str, Any] = {
             "semantics": cast("Semantics", self.semantics),
             "admission": self.admission,
@@ -118,7 +124,7 @@ class Grid:
             "prefetch_control": self.prefetch_control,
             "warm_pinning": self.warm_pinning,
             "dirty": self.dirty,
-            "timing": self.machine.timing(self.host_slots is not None, self.dirty, self.semantics),
+            "timing": self.machine.timing(self.host_slots is not None, self.dirty, self.is_exclusive, self.semantics),
             "relabel": self.seeds > 1,
         }
         common |= {
@@ -127,13 +133,42 @@ class Grid:
             if getattr(self, name) is not None
         }
         return [
-            SimulationConfig(policy, slots, scope=scope, batch=batch, seed=seed, **common)
+            SimulationConfig(
+                policy, slots, scope=scope, batch=batch, seed=seed, **common, **self._tiers(scope, slots, trace)
+            )
             for scope in SCOPES[self.scope]
             for batch in _batches(self.batch)
             for policy in self.policies()
             for slots in sizes
             for seed in (range(self.seeds) if self.seeds > 1 else (None,))
         ]
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether two tiers keep an expert once: as a run does, unless told otherwise."""
+        return self.host_slots is not None and self.exclusive is not False
+
+    def _tiers(self, scope: Scope, slots: int, trace: Trace) -> dict[str, Any]:
+        """How exclusive tiers are kept apart, in each cache."""
+        if not self.is_exclusive:
+            return {}
+        each = slots // trace.layers if scope == "layer" else slots
+        spare = spare_for(each, trace.top_k) if self.spare is None else self.spare
+        return {"exclusive": True, "spare": spare, "refill": REFILLS[self.refill or "never"]}
+
+    def _check_tiers(self) -> None:
+        for flag, given in (("--exclusive", self.exclusive), ("--inclusive", self.exclusive is False)):
+            if given and self.host_slots is None:
+                raise ConfigError(f"{flag} is of two tiers; give --host-slots too")
+        for flag, value in (("--spare", self.spare), ("--refill", self.refill)):
+            if value is not None and not self.is_exclusive:
+                raise ConfigError(f"{flag} is of exclusive tiers; give --host-slots, and leave out --inclusive")
+        if self.refill is not None and self.refill not in REFILLS:
+            raise ConfigError(f"--refill {self.refill}: choose one of {', '.join(REFILLS)}")
+        if self.refill == "always" and self.spare is not None:
+            raise ConfigError("--refill always copies nothing down; leave out --spare")
+        if self.refill == "auto" and not self.machine.given():
+            raise ConfigError("--refill auto compares the links: it needs --disk-read-gbps or --d2h-gbps")
 
     def _check_sizes(self, sizes: Sequence[int], trace: Trace) -> None:
         if max(sizes) > trace.records:

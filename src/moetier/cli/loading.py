@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -15,6 +15,9 @@ from moetier.access import Phase
 from moetier.cli.errors import say
 from moetier.errors import CheckpointError, ConfigError
 from moetier.threads import CoreWatch, check_threads, delayed
+
+if TYPE_CHECKING:
+    from moetier.options import Options
 
 
 def import_libraries(console: Console, verbose: bool, threads: int | None) -> None:
@@ -49,6 +52,16 @@ def check_device(name: str | None, must_exist: bool = True) -> None:
     if must_exist and device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
         raise ConfigError(f"--device {name}: torch sees {found} GPUs; leave the flag out to take what there is")
+
+
+def unused_on_cpu(device: str | None, options: Options) -> list[str]:
+    """Warnings of options that say something about a GPU, where the model computes on the CPU."""
+    import torch
+
+    if device != "cpu" and torch.cuda.is_available():
+        return []
+    given = {"device_memory": options.device_memory is not None, "cpu_experts": options.cpu_experts != "off"}
+    return [f"{name} is not used: the model computes on the CPU" for name, said in given.items() if said]
 
 
 def find(model: str, revision: str | None, console: Console) -> Path:

@@ -91,7 +91,7 @@ def pack(
 
 @reported
 def verify(
-    store: _Store,
+    store: Annotated[str, typer.Argument(help="The folder of a packed store, or of a run.", metavar="STORE")],
     model: Annotated[
         str | None,
         typer.Argument(help="Compare the records with this checkpoint too.", metavar="MODEL"),
@@ -100,9 +100,18 @@ def verify(
     quiet: o.Quiet = False,
     verbose: o.Verbose = False,
 ) -> None:
-    """Read a whole packed store and compare it with its checksums; names every damaged record."""
+    """Read a whole packed store, or a training run, and compare it with its checksums; names every damaged record."""
     console = Console(stderr=True, quiet=quiet)
     import_libraries(console, verbose, None)
+    from moetier.stores.runfolder import RunFolder
+
+    if RunFolder.exists(Path(store).expanduser()):
+        if model is not None:
+            raise ConfigError(
+                f"MODEL: {store} is a training run, whose experts differ from a checkpoint's; leave it out"
+            )
+        _verify_run(store, console)
+        return
     from moetier.packing.verify import total_nbytes
     from moetier.packing.verify import verify as examine
     from moetier.stores.checkpoint import CheckpointStore
@@ -134,6 +143,27 @@ def verify(
         )
     same = "" if model is None else f", and the same as in {model}"
     print(f"{store}: whole: {len(index.placed())} experts, {format_size(total_nbytes(index))} read{same}")
+
+
+def _verify_run(folder: str, console: Console) -> None:
+    from moetier.stores.runfolder import RunFolder
+
+    found, read = 0, 0
+    with RunFolder.open(Path(folder).expanduser(), write=False) as run, _bar(console, "verifying") as progress:
+
+        def advance(done: int, total: int) -> None:
+            nonlocal read
+            read = done
+            progress(done, total)
+
+        for damage in run.verify(progress=advance):
+            found += 1
+            console.file.flush()
+            print(damage, flush=True)
+        steps = ", ".join(map(str, run.steps())) or "none yet"
+    if found:
+        raise StoreError(f"{folder}: {found} damaged; go on from a step that is not named, or restore a copy")
+    print(f"{folder}: whole: steps {steps}; {format_size(read)} of experts read")
 
 
 @reported

@@ -57,13 +57,17 @@ def report(model: Any, name: str, speed: dict[str, float], load: float, generate
         link["bytes_per_busy_second"] = link["bytes"] / link["busy_seconds"] if link["busy_seconds"] else 0.0
         link["bytes_per_second"] = link["bytes"] / link["union_seconds"] if link["union_seconds"] else 0.0
         link["depth"] = link["busy_seconds"] / link["union_seconds"] if link["union_seconds"] else 0.0
-    for phase in (Phase.PREFILL, Phase.DECODE):
+    for phase in Phase:
         stats["phases"][phase.name.lower()]["bound_words"] = model.moetier.overlap(phase).words()
     stats["seconds"] = {"load": load, "generate": generate, **stats["seconds"]}
     head = {"version": STATS_VERSION, "moetier": __version__, "model": name}
+    return {**head, "store": home_of(model), "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+
+
+def home_of(model: Any) -> dict[str, str]:
+    """Where the experts are read from."""
     store = model.moetier.cache.store
-    home = {"kind": store.kind, "path": str(store.folder)}
-    return {**head, "store": home, "speed": speed, "plan": _plan(model.moetier.plan), **stats}
+    return {"kind": store.kind, "path": str(store.folder)}
 
 
 def _plan(plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moetier.cli import options as o
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_file, check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise
-from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded
+from moetier.cli.loading import check_device, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.report import report, show
 from moetier.errors import ConfigError
 
@@ -109,10 +109,7 @@ def run(
         prefetch=prefetch,
     )
     tiering.check()  # a wrong flag is told before anything is downloaded
-    warnings: list[str] = []
-    if device == "cpu" or not torch.cuda.is_available():
-        unused = {"device_memory": device_memory is not None, "cpu_experts": cpu_experts != "off"}
-        warnings += [f"{name} is not used: the model computes on the CPU" for name, given in unused.items() if given]
+    warnings = unused_on_cpu(device, tiering)
     folder = find(model, revision, console)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     inputs = tokenise(tokenizer, text, system, chat)

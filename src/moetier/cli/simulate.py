@@ -10,20 +10,16 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moetier.cli.errors import reported, say
+from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
-from moetier.cli.grid import Grid, Machine
+from moetier.cli.grid import REFILLS, Grid, Machine
+from moetier.cli.sweeping import load, plan_for, run
 from moetier.errors import ConfigError
 from moetier.plan import parse_size
 from moetier.policies import ADMISSIONS, POLICIES, find_policy, parse_policy
 from moetier.predictors import PREDICTORS
-from moetier.simulate.config import Result, SimulationConfig
-from moetier.simulate.journal import fingerprint
-from moetier.simulate.summary import TraceSummary, panels
-from moetier.simulate.sweep import Failure, WorkersFactory, name_of, sweep
-from moetier.trace import Trace
+from moetier.simulate.summary import TraceSummary
 
 _SWEEP, _CACHE, _TIME, _RUN, _OUT = "What to compare", "Cache", "Virtual machine", "Running", "Output"
 DEFAULT_POLICIES = "horizon,lfru,slru,lfu,lru"
@@ -112,6 +108,28 @@ def simulate(
     host_policy: Annotated[
         str | None, _option(metavar="NAME", text="Its policy. Default: that of the first tier.", panel=_CACHE)
     ] = None,
+    exclusive: Annotated[
+        bool | None,
+        _option(
+            "--exclusive/--inclusive",
+            metavar="",
+            text="Keep an expert once in two tiers, as a run does, or also below.",
+            panel=_CACHE,
+        ),
+    ] = None,
+    spare: Annotated[
+        int | None,
+        _option(metavar="N", text="Exclusive: next victims copied down ahead. Default: a run's.", panel=_CACHE, min=0),
+    ] = None,
+    refill: Annotated[
+        str | None,
+        _option(
+            metavar="NAME",
+            text=f"Exclusive: read what left again instead of copying down: {', '.join(REFILLS)} (what is faster). "
+            "Default: never.",
+            panel=_CACHE,
+        ),
+    ] = None,
     predictor: Annotated[
         str | None, _option(metavar="NAME", text=f"Prefetch with: {', '.join(PREDICTORS)}.", panel=_CACHE)
     ] = None,
@@ -195,22 +213,22 @@ def simulate(
         record_size, h2d_gbps, d2h_gbps, disk_read_gbps, disk_write_gbps, io_latency_ms, layer_ms, expert_ms
     )
     grid = Grid(
-        policy, slots, scope, batch, semantics, seeds, oracle, admission, staging, host_slots, host_policy, predictor,
-        prefetch_confidence, prefetch_limit, prefetch_displace, prefetch_control, warm_pinning, dirty,
-        machine,
+        policy, slots, scope, batch, semantics, seeds, oracle, admission, staging, host_slots, host_policy, exclusive,
+        spare, refill, predictor, prefetch_confidence, prefetch_limit, prefetch_displace, prefetch_control,
+        warm_pinning, dirty, machine,
     )  # fmt: skip
     fits = any(hasattr(find_policy(parse_policy(name)[0]), "fit") for name in _known(grid))
     if fit is not None and not fits:
         raise ConfigError(f"--fit {fit}: no policy of --policy learns beforehand; leave it out, or add static")
-    loaded = [_load(path, limit) for path in traces]
-    other = None if fit is None else _load(fit, None)
-    plans = [_plan(path, trace, other, fit, fit_split, grid) for path, trace in zip(traces, loaded, strict=True)]
+    loaded = [load(path, limit) for path in traces]
+    other = None if fit is None else load(fit, None)
+    plans = [plan_for(path, trace, other, fit, fit_split, grid) for path, trace in zip(traces, loaded, strict=True)]
     executor = None
     if ray is not None:
         from moetier.simulate.ray import ray_workers
 
         executor = ray_workers(ray, jobs)
-    summaries = _run(plans, limit, executor, jobs, resume, quiet)
+    summaries = run(plans, limit, executor, jobs, resume, quiet)
     _write(summaries, nbytes, output, json_file, csv_file)
     if not quiet:
         show(summaries, nbytes)
@@ -221,109 +239,6 @@ def simulate(
 def _known(grid: Grid) -> list[str]:
     """The policies that exist; a misspelt one is reported with the trace."""
     return [name for name in grid.policies() if parse_policy(name)[0] in POLICIES or ":" in name]
-
-
-class Plan:
-    """One trace and what is to be simulated over it."""
-
-    def __init__(self, name: str, trace: Trace, fit: Trace | None, fit_words: str, configs: list[SimulationConfig]):
-        self.name, self.trace, self.fit, self.fit_words, self.configs = name, trace, fit, fit_words, configs
-
-
-def _load(path: Path, limit: int | None) -> Trace:
-    from moetier.trace.files import read_trace
-
-    trace = read_trace(path)
-    trace = trace if limit is None else trace.first(limit)
-    if not trace.tokens:
-        raise ConfigError(f"{path}: the trace has no tokens")
-    return trace
-
-
-def _plan(path: Path, trace: Trace, other: Trace | None, fit: Path | None, split: bool, grid: Grid) -> Plan:
-    words = "nothing was fitted on a trace beforehand"
-    if split:
-        other, trace = trace.split()
-        words = (
-            f"fitted on every other sequence of {path.name} ({other.tokens:,} tokens), reported on the others "
-            f"({trace.tokens:,} tokens)"
-        )
-        if not (other.tokens and trace.tokens):
-            raise ConfigError(f"--fit-split: {path} is too short to be split")
-    elif other is not None:
-        words = f"fitted on {fit} ({other.tokens:,} tokens)"
-        if fingerprint(other) == fingerprint(trace):
-            say(
-                "warning", f"--fit {fit}: fitted and reported on the same routing; use --fit-split for an honest number"
-            )
-            words += ", the very routing that is reported on: not held out"
-    learners = [name for name in grid.policies() if _learns(name)]
-    if learners:
-        words = f"{', '.join(learners)}: {words}"
-    constants = "; horizon uses the constants that moetier ships" if "horizon" in grid.policies() else ""
-    configs = grid.configs(trace, fitted=other is not None)
-    return Plan(path.name, trace, other if learners else None, f"{words}{constants}.", configs)
-
-
-def _learns(policy: str) -> bool:
-    try:
-        return hasattr(find_policy(parse_policy(policy)[0]), "fit")
-    except ConfigError:  # told, with the flag's name, when the configurations are made
-        return False
-
-
-def _run(
-    plans: list[Plan],
-    limit: int | None,
-    executor: WorkersFactory | None,
-    jobs: int | None,
-    resume: Path | None,
-    quiet: bool,
-) -> list[TraceSummary]:
-    """Sweep every trace, under one progress bar."""
-    console = Console(stderr=True, quiet=quiet)
-    columns = (
-        TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left:"),
-        TimeRemainingColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    summaries = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(len(plan.configs) for plan in plans))
-
-        def done(config: SimulationConfig) -> None:
-            progress.update(task, advance=1, description=name_of(config).replace("[", "\\["))
-
-        for plan in plans:
-            failures: list[Failure] = []
-
-            def failed(failure: Failure, failures: list[Failure] = failures) -> None:
-                failures.append(failure)
-                done(failure.config)
-                say("error", f"{name_of(failure.config)}: {failure.message}")
-
-            def finished(result: Result) -> None:
-                done(result.config)
-
-            try:
-                results = sweep(
-                    plan.trace, plan.configs, plan.fit, jobs, resume, finished, on_failure=failed, executor=executor
-                )
-            except KeyboardInterrupt:
-                if resume is not None:
-                    say("note", f"what was finished is in {resume}; the same command goes on from there")
-                raise
-            summaries.append(
-                TraceSummary(
-                    plan.name,
-                    plan.trace,
-                    fingerprint(plan.trace),
-                    panels(results, plan.trace),
-                    plan.fit_words,
-                    failures,
-                    limit,
-                )
-            )
-    return summaries
 
 
 def _write(

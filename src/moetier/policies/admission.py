@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 
 
 class AdmissionPolicy(Protocol):
@@ -23,11 +23,14 @@ class Always:
 
 
 class DecodeOnly:
-    """Misses of a prefill are staged, so that a long prompt does not wipe out the decode working set."""
+    """Misses of a prefill are staged, so that a long prompt does not wipe out the decode working set.
+
+    A training step is no prefill: it comes back for what it used.
+    """
 
     def admit(self, incoming: ExpertKey, victim: ExpertKey, access: Access) -> bool:
         """Admit unless the access belongs to a prefill."""
-        return access.phase is not Phase.PREFILL
+        return access.phase is not Phase.PREFILL or access.part is not Part.SERVE
 
 
 ADMISSIONS: dict[str, type[AdmissionPolicy]] = {

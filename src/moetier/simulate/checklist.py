@@ -74,7 +74,7 @@ def checklist(summary: TraceSummary, record_nbytes: int | None = None) -> list[t
     ]
     optional = [
         ("Admission", _admission(configs)),
-        ("Second tier", _host(configs)),
+        ("Second tier", _host(configs, results)),
         ("Prefetch", _prefetch(configs, results)),
         ("Warm pinning", _pinning(configs, results)),
         ("Training", "every use dirties its record; what leaves is written back." if configs[0].dirty else ""),
@@ -152,11 +152,20 @@ def _admission(configs: Sequence[SimulationConfig]) -> str:
     return f"{config.admission}, with {config.staging} of the slots for misses that are turned away."
 
 
-def _host(configs: Sequence[SimulationConfig]) -> str:
+def _host(configs: Sequence[SimulationConfig], results: Sequence[Result]) -> str:
     config = configs[0]
     if config.host_slots is None:
         return ""
-    return f"{config.host_slots} slots below the first tier, policy {config.host_policy or 'of the first tier'}."
+    said = f"{config.host_slots} slots below the first tier, policy {config.host_policy or 'of the first tier'}"
+    if not config.exclusive:
+        return f"{said}; what is in the first is also kept in the second while there is room."
+    down = sum(result.demotions for result in results)
+    again = sum(result.refills for result in results)
+    spares = "–".join(str(n) for n in sorted({min(c.spare for c in configs), max(c.spare for c in configs)}))
+    return (
+        f"{said}; exclusive: an expert is kept once in the two. Over all runs {down:,} copied down ({spares} victims "
+        f"ahead), {again:,} read again instead."
+    )
 
 
 def _prefetch(configs: Sequence[SimulationConfig], results: Sequence[Result]) -> str:

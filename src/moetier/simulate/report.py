@@ -156,9 +156,9 @@ def _measure_json(measure: Measure, cell: Cell) -> dict[str, Any]:
 
 
 CSV_COLUMNS = (
-    *("trace", "policy", "oracle", "scope", "batch", "semantics", "slots", "share", "host_slots", "seed"),
+    *("trace", "policy", "oracle", "scope", "batch", "semantics", "slots", "share", "host_slots", "exclusive", "seed"),
     *("tokens", "accesses", "needs", "hits", "lates", "misses", "hit_rate", "gap_closed", "host_hit_rate"),
-    *("evictions", "staged", "disk_read", "disk_write", "h2d", "d2h", "bytes_unit"),
+    *("evictions", "demotions", "refills", "staged", "disk_read", "disk_write", "h2d", "d2h", "bytes_unit"),
     *("prefetches_issued", "prefetches_useful", "demand_ratio", "overcommitted"),
     *("tokens_per_second", "seconds_total", "seconds_compute", "seconds_wait", "wait_share", "fit"),
 )
@@ -187,7 +187,8 @@ def _csv_row(summary: TraceSummary, panel: Panel, result: Result, gap: float | N
     row |= {name: sum(getattr(result, name)) for name in ("needs", "hits", "lates", "misses")}
     host, wait = host_hit_rate(result), wait_share(result)
     row |= {"hit_rate": result.hit_rate, "host_hit_rate": None if host is None else host / 100}
-    row |= {name: getattr(result, name) for name in ("evictions", "staged", "demand_ratio", "overcommitted")}
+    names = ("evictions", "demotions", "refills", "staged", "demand_ratio", "overcommitted")
+    row |= {name: getattr(result, name) for name in names} | {"exclusive": int(config.exclusive)}
     row |= {name: result.bytes_moved.get(name, 0) for name in ("disk_read", "disk_write", "h2d", "d2h")}
     row |= {"bytes_unit": "experts" if config.timing is None else "bytes"}
     row |= {f"prefetches_{name}": result.prefetches.get(name, 0) for name in ("issued", "useful")}

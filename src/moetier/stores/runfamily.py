@@ -8,7 +8,7 @@ that fails changes nothing.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -190,14 +190,10 @@ class Records:
                     self.file.release(renewed.offset)
         self._sync_failed = False
 
-    def damaged(self, table: FamilyTable) -> Iterator[str]:
-        """Read all records of a step (which somebody holds) and say what is wrong with them."""
-        buffer = aligned_buffer(max(map(payload, table.layouts), default=0) + PAGE)
-        for key, stored in sorted(table.records.items(), key=lambda item: item[1].offset):
-            try:
-                self.read(key, stored, range(len(stored.sums)), buffer[stored.phase :], again=True)
-            except StoreError as error:
-                yield str(error)
+    def check(self, key: ExpertKey, stored: Stored) -> None:
+        """Read a version (which somebody holds) and compare all of it. Raises `StoreError` for damage."""
+        buffer = aligned_buffer(stored.nbytes)
+        self.read(key, stored, range(len(stored.sums)), buffer[stored.phase :], again=True)
 
 
 class RunFamily:
@@ -331,3 +327,9 @@ class RunFamily:
 def same_layouts(first: Sequence[RecordLayout], second: Sequence[RecordLayout]) -> bool:
     """Whether records of both have the same fields in the same places; padding behind them may differ."""
     return len(first) == len(second) and all(a.fields == b.fields for a, b in zip(first, second, strict=True))
+
+
+def described(layouts: Sequence[RecordLayout], experts: Sequence[int]) -> str:
+    """A family's records, for an error message."""
+    fields = {f"{f.name} {str(f.dtype).removeprefix('torch.')} {list(f.shape)}" for la in layouts for f in la.fields}
+    return f"{len(layouts)} layers of {max(experts)} experts ({', '.join(sorted(fields))})"

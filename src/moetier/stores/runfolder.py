@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -28,9 +28,10 @@ from moetier.stores.checkpoint import IOMode
 from moetier.stores.extents import FULL, ExtentFile
 from moetier.stores.manifest import FamilyTable, Manifest, check_name
 from moetier.stores.packed_index import sync_folder
-from moetier.stores.runfamily import Initial, Records, RunFamily, Verify, same_layouts
+from moetier.stores.runfamily import Initial, Records, RunFamily, Verify, described, same_layouts
 from moetier.stores.runlock import LOCK, FolderLock
 from moetier.stores.runsteps import HEAD, STEPS, Head, Steps, Writer
+from moetier.stores.runverify import damaged
 
 
 class RunFolder:
@@ -155,8 +156,8 @@ class RunFolder:
             records = self._new_records(name, FamilyTable(tuple(layouts), tuple(experts), {}))
         elif not same_layouts(records.layouts, layouts) or records.experts != tuple(experts):
             raise StoreError(
-                f"{self.folder}: the run has {name!r} as {_described(records.layouts, records.experts)}, but "
-                f"{_described(layouts, experts)} is asked for; load the model as it was when the run began, or begin a "
+                f"{self.folder}: the run has {name!r} as {described(records.layouts, records.experts)}, but "
+                f"{described(layouts, experts)} is asked for; load the model as it was when the run began, or begin a "
                 "new run in another folder"
             )
         return RunFamily(self.folder, records, base, initial, verify, self._write)
@@ -256,18 +257,15 @@ class RunFolder:
             for records in self._families.values():
                 records.file.trim()
 
-    def verify(self, step: int | None = None) -> Iterator[str]:
-        """Read every record and attachment of a step, or of all, and say what is damaged."""
+    def verify(
+        self, step: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> Iterator[str]:
+        """Read every record and attachment of a step, or of all, and say what is damaged.
+
+        What several steps have in common is read once; `progress` is told of bytes of records, done and of all.
+        """
         self._check_open()
-        yield from (str(error) for (_, number), error in self._steps.damaged.items() if step in (None, number))
-        for manifest in self._steps.whole if step is None else [self._step(step)]:
-            for name, table in manifest.families.items():
-                yield from (f"step {manifest.step}: {line}" for line in self._families[name].damaged(table))
-            for name in manifest.attachments:
-                try:
-                    self.attachment(manifest.step, name)
-                except StoreError as error:
-                    yield str(error)
+        return damaged(self._steps, self._families, step, progress)
 
     def stats(self) -> dict[str, dict[str, int]]:
         """Bytes of every family: its file, what of it is in use, and what was written since the run was opened."""
@@ -353,11 +351,6 @@ class RunFolder:
 
 def _file_name(family: str) -> str:
     return f"{family}.bin"
-
-
-def _described(layouts: Sequence[RecordLayout], experts: Sequence[int]) -> str:
-    fields = {f"{f.name} {str(f.dtype).removeprefix('torch.')} {list(f.shape)}" for la in layouts for f in la.fields}
-    return f"{len(layouts)} layers of {max(experts)} experts ({', '.join(sorted(fields))})"
 
 
 @contextmanager

@@ -68,7 +68,7 @@ class Trace:
             raise ConfigError(f"trace: an expert number is not below num_experts = {self.num_experts}")
         if tokens and (np.diff(self.step) < 0).any():
             raise ConfigError("trace: steps must not decrease")
-        if tokens and not set(np.unique(self.phase)) <= {Phase.PREFILL, Phase.DECODE}:
+        if tokens and not set(np.unique(self.phase)) <= set(Phase):
             raise ConfigError("trace: phase must be 0 (prefill) or 1 (decode)")
 
     @property

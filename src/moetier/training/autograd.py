@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.autograd.function import once_differentiable
 
-from moetier.access import Access
+from moetier.access import Access, Part
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
@@ -54,9 +54,10 @@ def differentiable(
 def _norm_of(module: Any) -> dict[str, torch.Tensor]:
     """Parameters of the norm behind each expert. They stay in memory; no others of the module may want gradients."""
     norm = dict(module.post_expert_norm.named_parameters()) if module.has_post_expert_norm else {}
-    proxies = [p for part in module.children() if isinstance(part, Proxy) for p in part.parameters()]
+    known = {id(parameter) for parameter in norm.values()}
+    known |= {id(p) for part in module.children() if isinstance(part, Proxy) for p in part.parameters()}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad and all(parameter is not known for known in (*norm.values(), *proxies)):
+        if parameter.requires_grad and id(parameter) not in known:
             raise UnsupportedModelError(
                 f"{type(module).__name__}.{name} wants a gradient, but of what is resident in an experts module only "
                 "the norm behind the experts can be trained; freeze it with requires_grad_(False)"
@@ -125,7 +126,9 @@ class _Experts(torch.autograd.Function):
         """The very forward of inference."""
         ctx.set_materialize_grads(False)
         tiered = kept.tiered
-        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights)
+        # a recomputation is asked for by a backward, and comes in its order
+        part = Part.FORWARD if torch._C._current_graph_task_id() == -1 else Part.BACKWARD
+        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights, part)
         ctx.kept, ctx.use, ctx.changes = kept, tiered.tape.record(access), tiered.sink
         ctx.versions = () if tiered.sink is None else tuple(map(tiered.sink.version, access.keys))
         return result

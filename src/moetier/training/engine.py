@@ -218,6 +218,7 @@ class TrainingEngine:
         squares = self.gradients.squares[layer]
         self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
         hyper = self.ledger.begin(layer, settings)
+        self._count(squares, hyper)
         for key, records in self._records(layer, sorted(squares), self.gradients.cache):
             assert records.gradients is not None
             fields = records.gradients.fields
@@ -231,12 +232,18 @@ class TrainingEngine:
         ledger = self.ledger
         if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
             hyper = hyper.at(int(ledger.updates[key]) + 1)
-        if self.applied.usage is not None:
-            self.applied.usage.count(key, ledger.steps(key.layer))
         self._optimizer(key).update(records.weights.fields, gradients, records.states, hyper)
         ledger.updated(key)
 
+    def _count(self, keys: Iterable[ExpertKey], hyper: Hyper) -> None:
+        """Experts are used in a step of their layer; before it is decided how they are updated."""
+        assert self.applied is not None
+        if self.applied.usage is not None:
+            for key in keys:
+                self.applied.usage.count(key, hyper.step)
+
     def _optimizer(self, key: ExpertKey) -> RecordOptimizer:
+        """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
         applied = self.applied
         assert applied is not None
         return applied.optimizer if applied.usage is None else applied.optimizer.part(applied.usage.share(key))
@@ -267,6 +274,7 @@ class TrainingEngine:
                 assert own is not None
                 self._begun[layer] = (self.ledger.begin(layer, own), scale)
             hyper, scale = self._begun[layer]
+            self._count([key], hyper)
             scale_(gradients.values(), scale(key, squares[key]))
             for _, records in self._records(layer, [key]):
                 self._update(key, records, gradients, hyper)
@@ -297,11 +305,22 @@ class TrainingEngine:
     def _records(
         self, layer: int, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None
     ) -> Iterator[tuple[ExpertKey, Records]]:
-        """The records of every key, the state begun, marked as changed."""
+        """The records of every key, the state begun, marked as changed; first those whose state is not needed."""
+        assert self.applied is not None
+        state = self.applied.state
+        if state is not None and self.applied.usage is not None:
+            layout = self.weights.store.layout(layer)
+            needs = {key: self._optimizer(key).state_layout(layout) is not None for key in keys}
+            yield from self._leased(layer, [key for key in keys if not needs[key]], None, gradients)
+            keys = [key for key in keys if needs[key]]
+        yield from self._leased(layer, keys, state, gradients)
+
+    def _leased(
+        self, layer: int, keys: Sequence[ExpertKey], state: ExpertCache | None, gradients: ExpertCache | None
+    ) -> Iterator[tuple[ExpertKey, Records]]:
         if not keys:
             return
         assert self.applied is not None
-        state = self.applied.state
         caches = [cache for cache in (state, self.weights, gradients) if cache is not None]
         for leases in together(layer, keys, *caches):
             left = list(leases)
@@ -309,7 +328,7 @@ class TrainingEngine:
             records = Records(left.pop(0), own, left.pop() if left else None)
             records.keep(True)
             key = records.weights.key
-            records.begun = not self.ledger.begun[key]
+            records.begun = state is self.applied.state and not self.ledger.begun[key]
             if records.begun:
                 self.applied.optimizer.begin(records.weights.fields, records.states)
                 self.ledger.begun[key] = True

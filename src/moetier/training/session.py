@@ -96,8 +96,7 @@ class TrainingSession:
             state = small_cache(store, slots, engine.ledger.counts, self._readers, "zigzag", self._writeback)
         if self._saved is not None:
             engine.ledger.load(self._saved["ledger"], records.settings)
-        count = getattr(records, "usage", None)  # of those that treat experts by how often they are used
-        usage = None if count is None else count(len(layouts), max(engine.ledger.counts))
+        usage = records.usage(len(layouts), max(engine.ledger.counts))
         if usage is not None and self._saved is not None:
             usage.load(self._saved["usage"])
         engine.applied = Applied(records, state, idle, update, usage)

@@ -35,10 +35,10 @@ class Sink(Protocol):
         """How often the expert's weights were changed so far. Backward raises if it is not what forward saw."""
 
     def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
-        """The leases of a forward, on their way to the math; with or without autograd.
+        """The leases of a forward, with or without autograd, on their way to the math; nothing is leased yet.
 
-        Here experts that missed updates can catch up, in place: change `lease.fields`, set `lease.dirty`, and count it
-        in `version`. Return `batches` where there is nothing to do. Not called for backward.
+        Here experts that missed updates can catch up, by an access of the sink's own, counted in `version`. Return
+        `batches` where there is nothing to do. Not called for backward.
         """
 
     def collect(self, access: Access) -> AbstractContextManager[Add]:

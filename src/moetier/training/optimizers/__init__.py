@@ -18,6 +18,7 @@ from moetier.training.optimizers.fields import Fields
 from moetier.training.optimizers.hot_cold import HotCold
 from moetier.training.optimizers.settings import Hyper, Settings
 from moetier.training.optimizers.sgd import SGD, Momentum
+from moetier.training.optimizers.usage import Usage
 
 __all__ = ["OPTIMIZERS", "Fields", "Hyper", "RecordOptimizer", "Settings", "make_optimizer"]
 
@@ -29,8 +30,11 @@ class RecordOptimizer(Protocol):
     def settings(self) -> Settings:
         """The settings that a torch parameter group starts from; `type(settings).from_group` reads a group back."""
 
+    def usage(self, layers: int, experts: int) -> Usage | None:
+        """The books by which experts are told apart, or None where all are treated alike."""
+
     def part(self, share: float) -> RecordOptimizer:
-        """The optimizer for an expert that was used in this share of recent steps; itself, unless there are several.
+        """The optimizer for an expert with this share in the books; itself, where all are treated alike.
 
         A part's `state_layout` says what of the state it touches: None, and the state can stay where it is.
         """

@@ -24,6 +24,7 @@ from moetier.training.optimizers.fields import (
     working_dtype,
 )
 from moetier.training.optimizers.settings import Hyper, Settings
+from moetier.training.optimizers.usage import Usage
 
 Part = tuple[str, torch.dtype, tuple[int, ...]]  # of a field's state: name, dtype, shape
 Tensors = Sequence[torch.Tensor]
@@ -55,6 +56,10 @@ class FieldwiseOptimizer(ABC):
     @abstractmethod
     def idles(self, hyper: Hyper) -> bool:
         """Whether a zero-gradient step with these settings can change anything, whatever the state."""
+
+    def usage(self, layers: int, experts: int) -> Usage | None:
+        """None: all experts are treated alike."""
+        return None
 
     def part(self, share: float) -> Self:
         """Itself: all experts are treated alike."""

@@ -98,12 +98,12 @@ class HotCold:
         self._hot.begin(weights, state)
 
     def update(self, weights: Fields, gradients: Fields, state: Fields, hyper: Hyper) -> None:
-        """One step of a hot expert; `part` has that of the others."""
-        self._hot.update(weights, gradients, state, hyper)
+        """Not without knowing how often the expert is used: that is what `part` is for."""
+        raise TypeError("a hot-and-cold optimizer updates experts by its parts")
 
     def idle(self, weights: Fields, state: Fields, missed: Sequence[Hyper]) -> bool:
-        """Missed steps of a hot expert."""
-        return self._hot.idle(weights, state, missed)
+        """As `update`."""
+        raise TypeError("a hot-and-cold optimizer updates experts by its parts")
 
     def idles(self, hyper: Hyper) -> bool:
         """Whether either side's zero-gradient step can change anything."""
@@ -119,6 +119,9 @@ class _Side:
     @property
     def settings(self) -> Settings:
         return self.optimizer.settings
+
+    def usage(self, layers: int, experts: int) -> Usage | None:
+        return None
 
     def part(self, share: float) -> RecordOptimizer:
         return self
