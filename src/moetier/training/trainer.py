@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from moetier.errors import ConfigError, StoreError, UnsupportedModelError
+from moetier.hf import find_experts
 from moetier.stores.packed_index import write_durably
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer, session_of
 from moetier.training.session import TrainingSession
@@ -49,14 +50,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if named.get("model_init") is not None or model is None:
             raise ConfigError("model_init: a run folder trains one model; load it and pass it as model")
         session = session_of(model)
-        if model is not session.model:
+        if model is not session.model or getattr(model, "_hf_peft_config_loaded", False):
             raise UnsupportedModelError(
-                f"{type(model).__name__} wraps a model that was loaded to be trained, and its own weights would not be "
-                "in the run folder; for adapters on frozen experts load without train=, and use transformers.Trainer"
+                f"{type(model).__name__} adds weights to a model that was loaded to be trained, and its run folder would "
+                "not fit the model any more; for adapters on frozen experts load without train=, and use "
+                "transformers.Trainer"
             )
         args = transformers.TrainingArguments("tmp_trainer") if args is None else args
         check_arguments(args)
         self._session: TrainingSession = session
+        if args.torch_compile:
+            compile_around_experts(model)
         super().__init__(model, args, *positional, **named)
         session.run.keep = None  # Trainer rotates
         if self.optimizer is not None:
@@ -245,6 +249,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return (mark.parent / str(named)).resolve() == self._session.run.folder.resolve()
+
+
+def compile_around_experts(model: Any) -> None:
+    """Have `torch.compile` leave the experts alone: they are loops over leases, recompiled for every routing."""
+    for _, module in find_experts(model):
+        module.forward = torch.compiler.disable(module.forward)
 
 
 def check_arguments(args: Any) -> None:
