@@ -38,7 +38,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     `optimizer_cls_and_kwargs=(moetier.AdamW, {…})`, which gets Trainer's groups with and without decay.
 
     `train(resume_from_checkpoint=True)` goes on with the run's last step, a path or `checkpoint-N` with that one, bit
-    for bit as if it had never stopped. `save_total_limit` also holds for the steps of the run (`keep` does not).
+    for bit as if it had never stopped; "auto" begins where there is no step yet. `save_total_limit` also holds for the
+    steps of the run (`keep` does not).
     `save_model` exports an ordinary checkpoint.
 
     Raises `ConfigError` for arguments that cannot work with tiered experts.
@@ -52,8 +53,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         session = session_of(model)
         if model is not session.model or getattr(model, "_hf_peft_config_loaded", False):
             raise UnsupportedModelError(
-                f"{type(model).__name__} adds weights to a model that was loaded to be trained, and its run folder would "
-                "not fit the model any more; for adapters on frozen experts load without train=, and use "
+                f"{type(model).__name__} adds weights to a model that was loaded to be trained, which its run folder "
+                "would not fit any more; for adapters on frozen experts load without train=, and use "
                 "transformers.Trainer"
             )
         args = transformers.TrainingArguments("tmp_trainer") if args is None else args
@@ -78,8 +79,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             if not (isinstance(tiered, type) and issubclass(tiered, TieredOptimizer)):
                 names = ", ".join(sorted(known.__name__ for known in OPTIMIZERS))
                 raise ConfigError(
-                    f"optim: {self.args.optim} cannot train tiered experts; choose one that is {names} of torch, or "
-                    "give optimizers=(moetier.AdamW(model, …), None)"
+                    f"optim: {getattr(kind, '__name__', kind)} cannot train tiered experts; choose one that is {names} "
+                    "of torch, or give optimizers=(moetier.AdamW(model, …), None)"
                 )
             decays = set(self.get_decay_parameter_names(self.model))
             named = [(name in decays, p) for name, p in self.model.named_parameters() if p.requires_grad]
@@ -102,6 +103,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """
         session = self._session
         run = session.run
+        if resume_from_checkpoint == "auto":
+            resume_from_checkpoint = run.step is not None
         if not resume_from_checkpoint:
             if run.step is not None and not self.args.save_only_model:
                 raise ConfigError(
@@ -252,9 +255,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
 
 def compile_around_experts(model: Any) -> None:
-    """Have `torch.compile` leave the experts alone: they are loops over leases, recompiled for every routing."""
+    """Have `torch.compile` leave the experts alone, which are loops over leases, and the hooks that watch the model."""
     for _, module in find_experts(model):
         module.forward = torch.compiler.disable(module.forward)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for number, hook in hooks.items():
+            hooks[number] = torch.compiler.disable(hook)
 
 
 def check_arguments(args: Any) -> None:
