@@ -303,6 +303,7 @@ def test_its_own_optimizer_and_schedule(runs: Runs) -> None:
     assert optimizer.param_groups[0]["lr"] == 0.01 * 0.5**5 and model.moetier.training.step == 5
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, about tensors of transformers
 def test_compiled_around_the_experts(runs: Runs) -> None:
     plain = runs.trainer("plain", save_strategy="no", max_steps=3)
     plain.train()

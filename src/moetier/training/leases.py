@@ -57,4 +57,3 @@ def read_again(cache: ExpertCache, counts: Sequence[int]) -> None:
             into = cache.host.memory(lease.slot, store.phase(lease.key), store.layout(layer).nbytes)
             for segment in range(store.segments(lease.key)):
                 store.read(lease.key, segment, into)
-            lease.saved = True

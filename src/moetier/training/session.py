@@ -59,17 +59,18 @@ class TrainingSession:
         self._kind = ""
         self._saved: dict[str, Any] | None = None
         self._resumed = False
-        self._begin()
-        engine.owes = self._saved is not None and bool(self._saved["owes"])
+        engine.owes = self._begin()
 
-    def _begin(self) -> None:
-        """Be at the step that the run is at: its books and its resident weights."""
+    def _begin(self) -> bool:
+        """Be at the step that the run is at, with its resident weights; returns whether its experts owe steps."""
         at = self.run.step
-        if at is not None:
-            self._saved = _checked(self.run.extra(at), self.run)
-            self.step = int(self._saved["step"])
-            path = self.run.attachment(at, RESIDENT)
-            restore_resident(self.model, load_tensors(path), path)
+        if at is None:
+            return False
+        self._saved = saved = _checked(self.run.extra(at), self.run)
+        self.step = int(saved["step"])
+        path = self.run.attachment(at, RESIDENT)
+        restore_resident(self.model, load_tensors(path), path)
+        return bool(saved["owes"])
 
     # -- the optimizer -------------------------------------------------------------------------------------------------
 

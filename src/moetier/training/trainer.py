@@ -39,11 +39,12 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     `train(resume_from_checkpoint=True)` goes on with the run's last step, a path or `checkpoint-N` with that one, bit
     for bit as if it had never stopped; "auto" begins where there is no step yet. `save_total_limit` also holds for the
-    steps of the run (`keep` does not).
-    `save_model` exports an ordinary checkpoint.
+    steps of the run (`keep` does not). `save_model` exports an ordinary checkpoint.
 
     Raises `ConfigError` for arguments that cannot work with tiered experts.
     """
+
+    optimizer: Any
 
     def __init__(self, model: Any = None, args: Any = None, *positional: Any, **named: Any):
         if find_spec("accelerate") is None:
@@ -257,10 +258,10 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 def compile_around_experts(model: Any) -> None:
     """Have `torch.compile` leave the experts alone, which are loops over leases, and the hooks that watch the model."""
     for _, module in find_experts(model):
-        module.forward = torch.compiler.disable(module.forward)
+        module.forward = torch.compiler.disable(module.forward)  # type: ignore[no-untyped-call]
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for number, hook in hooks.items():
-            hooks[number] = torch.compiler.disable(hook)
+            hooks[number] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
 
 
 def check_arguments(args: Any) -> None:
