@@ -124,6 +124,7 @@ KINDS = {
     "clipped": {"max_grad_norm": 0.3},
     "accumulated, clipped": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.3},
     "checkpointed": {"gradient_accumulation_steps": 2, **dict.fromkeys(CHECKPOINTING, True)},
+    "autocast": {"bf16": True, "gradient_accumulation_steps": 2},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
 }
 
@@ -234,6 +235,13 @@ def test_any_step_can_be_gone_on_from_and_the_same_process_can_go_on(runs: Runs)
     assert losses(trainer) == expected
     assert_equal(everything(trainer), weights)
     runs.close()
+    stopped = runs.trainer("stopped", until=5)  # saved at 4
+    stopped.train()
+    stopped.remove_callback(Until)
+    stopped.train(resume_from_checkpoint=True)
+    assert losses(stopped) == expected
+    assert_equal(everything(stopped), weights)
+    runs.close()
     again = runs.trainer(save_steps=1)
     again.train(resume_from_checkpoint="checkpoint-2")  # the model was loaded at step 6
     assert losses(again) == expected and steps(again) == [1, 2, 3, 4, 5, 6]
@@ -305,15 +313,12 @@ def test_its_own_optimizer_and_schedule(runs: Runs) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of dynamo, about tensors of transformers
 def test_compiled_around_the_experts(runs: Runs) -> None:
-    plain = runs.trainer("plain", save_strategy="no", max_steps=3)
+    plain = runs.trainer("plain", save_strategy="no", max_steps=2)
     plain.train()
-    trainer = runs.trainer(max_steps=3, torch_compile=True, torch_compile_backend="eager", torch_compile_mode=None)
+    trainer = runs.trainer(save_strategy="no", max_steps=2, torch_compile=True, torch_compile_backend="eager")
     trainer.train()
     assert losses(trainer) == pytest.approx(losses(plain), rel=1e-6)
-    runs.close()
-    again = runs.trainer(max_steps=4, torch_compile=True, torch_compile_backend="eager")
-    again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 4
+    assert sum(torch._dynamo.utils.counters["frames"].values()) > 0
 
 
 def test_what_cannot_be(runs: Runs, tmp_path: Path) -> None:

@@ -203,9 +203,9 @@ class TrainingSession:
             restore_random(load_tensors(self.run.attachment(self.run.step, RANDOM)), self._saved["random"])
 
     @property
-    def resumed(self) -> bool:
-        """Whether `resume` was called."""
-        return self._resumed
+    def waiting(self) -> bool:
+        """Whether the model is as the run was opened, and `resume` was not called yet."""
+        return self._saved is not None and not self._resumed
 
     def extra(self, step: int) -> Any:
         """What was given as `extra` when a step was committed."""

@@ -114,7 +114,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 )
             return super().train(None, *positional, **named)
         step = self._step_of(resume_from_checkpoint)
-        if session.resumed or step != run.step:
+        if not session.waiting or step != run.step:
             self.create_optimizer()  # the steps that experts owe are its own
             session.rewind(step)
         for kept in run.steps():
@@ -129,7 +129,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if which is True:
             if run.step is None:
                 raise ConfigError(f"{run.folder}: the run has no step to go on with yet; call train() to begin")
-            return run.steps()[-1] if self._session.resumed else run.step
+            return run.step if self._session.waiting else run.steps()[-1]
         found = re.fullmatch(r"checkpoint-(\d+)", Path(str(which)).name)
         if found is None or int(found[1]) not in run.steps():
             raise ConfigError(
@@ -209,14 +209,16 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             return
         step = int(self.state.global_step)
         folder = self._folder(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._mark(folder, step)
-        super()._save_checkpoint(model, trial)
-        state = json.loads((folder / STATE).read_text("utf-8"))
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._mark(folder, step)
+            super()._save_checkpoint(model, trial)
+            state = json.loads((folder / STATE).read_text("utf-8"))
             self._session.commit(step, {"trainer_state": state}, **self._parts())
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, OSError) and not isinstance(error, StoreError):
+                raise StoreError(f"{folder}: step {step} cannot be saved: {error.strerror}") from error
             raise
         self._rotate()
 
