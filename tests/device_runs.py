@@ -88,10 +88,11 @@ class ChangingRun:
         launch: Launch,
         seed: int,
         exclusive: bool = False,
+        writeback: str = "evict",
     ):
         self.store, self.launch, self.draw = MemoryStore(words), launch, random.Random(seed)
         configs = [TierConfig(slots), TierConfig(host_slots, exclusive=exclusive)]
-        self.core = Residency(configs, LAYERS, EXPERTS, AtRandom(seed))
+        self.core = Residency(configs, LAYERS, EXPERTS, AtRandom(seed), writeback)
         host = HostArena(host_slots, self.store.slot_nbytes, page_locked=True)
         arena = DeviceArena(slots, self.store.slot_nbytes, device)
         self.cache = ExpertCache(self.store, self.core, host, arena, readers=2)
@@ -134,12 +135,11 @@ class ChangingRun:
                 self.launch(lambda: words.add_(1))
 
     def finish(self) -> None:
-        """Settle, close, and look at what was written home."""
+        """Flush, close, and look at what was written home."""
+        self.cache.flush()
         self.cache.settle()
         self.core.check()
-        dirty = {key for tier in self.core._tiers for key, entry in tier.entries.items() if entry.dirty}
         self.cache.close()
         for key, content in self.store.home.items():
-            if key not in dirty:
-                words = torch.frombuffer(content, dtype=torch.int64)
-                assert bool((words == 100 * key.layer + key.expert + self.changes[key]).all()), f"{key} at home"
+            words = torch.frombuffer(content, dtype=torch.int64)
+            assert bool((words == 100 * key.layer + key.expert + self.changes[key]).all()), f"{key} at home"

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from safetensors.torch import load_file, save_file
 
 import moetier
 from moetier.stores.runfolder import RunFolder
+from moetier.training import attach
 from training import batch, load_trained, model_class, trained_experts
 
 STEPS = 8
-assert model_class()  # transformers' classes are imported before the first fork
+assert model_class() and moetier.AdamW and attach  # all imports are before the first fork
 
 
 def train(checkpoint: Path, folder: Path, result: Path, tell: Any = print) -> None:
@@ -65,6 +67,8 @@ class Child:
             try:
                 train(checkpoint, folder, result, lambda step: os.write(writes, bytes([step])))
                 code = 0
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         os.close(writes)

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.errors import CapacityError, ConfigError, ReplayError
 from moetier.eventlog import EventLog, Recorder, replay
 from moetier.residency import Residency
@@ -43,9 +43,40 @@ def test_a_saved_log_replays_to_the_same_decisions(seed: int, tmp_path: Path) ->
     assert again.residents() == core.residents()
 
 
+def test_logs_of_version_3_are_read(tmp_path: Path) -> None:
+    """From before accesses said whether they write, and before write-back policies: every access might write."""
+    random = Random(5)
+    run = Run(random_tiers(random), in_place=True)
+    run.clean = lambda key: None  # type: ignore[method-assign]
+    run.core.flush = lambda: None  # type: ignore[method-assign]
+    release = run.release
+    run.release = lambda index, dirty, saved=False: release(index, dirty)  # type: ignore[method-assign]
+    acquire = run.acquire  # nor did accesses know of steps
+    run.acquire = lambda *arguments: acquire(*arguments[:4])  # type: ignore[method-assign]
+    for _ in range(300):
+        random_step(run, random)
+    run.drain()
+    core = run.core
+    core.log.save(tmp_path / "log")
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    lines[0]["version"] = 3
+    del lines[0]["writeback"], lines[0]["dirty_limit"]
+    for event in lines[1:]:
+        if event[0] == "acquire":
+            del event[1][7:]
+        elif event[0] == "release":
+            assert event.pop() is False
+    (tmp_path / "old").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    log = EventLog.load(tmp_path / "old")
+    assert (log.writeback, log.dirty_limit) == ("evict", None)
+    assert any(event[0] == "release" and event[3] for event in log.events), "something was changed"
+    assert replay(log).digest() == core.digest()
+
+
 def test_all_of_an_access_is_kept(tmp_path: Path) -> None:
     core = Recorder(Residency([TierConfig(2)], 2, 4))
-    access = Access(7, 1, (ExpertKey(1, 0), ExpertKey(1, 3)), (5, 2), Phase.PREFILL, 9)
+    keys = (ExpertKey(1, 0), ExpertKey(1, 3))
+    access = Access(7, 1, keys, (5, 2), Phase.PREFILL, 9, (0.5, 0.25), True, Part.UPDATE)
     core.acquire(access)
     core.log.save(tmp_path / "log")
     seen = []

@@ -292,13 +292,14 @@ def test_a_copy_that_cannot_be_enqueued_is_raised_and_leaves_the_cache_usable(mo
 
 
 @pytest.mark.parametrize(("haste", "exclusive"), [(0.0, False), (0.2, False), (0.0, True), (0.2, True)])
+@pytest.mark.parametrize("writeback", ["evict", "writethrough"])
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 2), (3, 3), (5, 9)])
 def test_changed_records_and_experts_in_place_on_a_late_device(
-    slots: int, host_slots: int, haste: float, exclusive: bool, monkeypatch: pytest.MonkeyPatch
+    slots: int, host_slots: int, haste: float, exclusive: bool, writeback: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What kernels change is written home, what the CPU changes is what the device gets later, and nothing mixes."""
     cuda = fake_cuda.install(monkeypatch, slots, haste)
-    run = ChangingRun(slots, host_slots, 300, CPU, cuda.launch, slots, exclusive)
+    run = ChangingRun(slots, host_slots, 300, CPU, cuda.launch, slots, exclusive, writeback)
     run.run(60)
     run.finish()
     cuda.run_all()

@@ -233,10 +233,11 @@ def test_the_engine_with_a_late_device(slots: int, host_slots: int, threads: int
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("writeback", ["evict", "writethrough"])
 @pytest.mark.parametrize(("slots", "host_slots"), [(1, 2), (3, 3), (5, 9)])
-def test_changed_records_and_experts_in_place(slots: int, host_slots: int, exclusive: bool) -> None:
+def test_changed_records_and_experts_in_place(slots: int, host_slots: int, exclusive: bool, writeback: str) -> None:
     """Write-backs through the device, changes in place, and prefetches, while kernels are late."""
-    run = ChangingRun(slots, host_slots, 30_000, cuda(), lambda work: work(), slots, exclusive)
+    run = ChangingRun(slots, host_slots, 30_000, cuda(), lambda work: work(), slots, exclusive, writeback)
     run.run(80, lambda: spin(LATE // 20))
     run.finish()
     torch.cuda.synchronize()

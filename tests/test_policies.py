@@ -296,7 +296,7 @@ def test_decode_only_turns_prefill_away() -> None:
 def test_names_that_are_not_registered() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"unknown policy 'mru'; choose one of: activation-matrix, .*, watermark, or",
+        match=r"unknown policy 'mru'; choose one of: activation-matrix, .*, zigzag, or",
     ):
         make_policy("mru", 1, 1, 1)
     with pytest.raises(ConfigError, match=r"policy 'no.such:Thing' cannot be imported"):

@@ -13,8 +13,9 @@ from memory_store import MemoryStore
 from moetier.access import Access, ExpertKey
 from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.record import RecordLayout
+from moetier.training.applied import Applied
 from moetier.training.caches import small_cache
-from moetier.training.engine import Applied, TrainingEngine
+from moetier.training.engine import TrainingEngine
 from moetier.training.gradients import gradient_layout
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import make_optimizer

@@ -11,10 +11,10 @@ import torch
 
 import moetier
 from moetier.access import ExpertKey
-from training import NAME, load_trained, loop, trained_experts
+from training import NAME, batch, load_trained, trained_experts
 
 Get = Callable[..., Any]
-BOTH = "hot-cold(hot=adamw, cold=sgd, threshold=0.7, half_life=2, cold_lr=20)"
+BOTH = "hot-cold(hot=adamw, cold=sgd, threshold=0.6, half_life=1, cold_lr=20)"
 
 
 @pytest.fixture
@@ -22,13 +22,17 @@ def train(checkpoint: Get, tmp_path: Path) -> Any:
     """`train(experts, slots=6)`: the experts after some steps of AdamW with this optimizer for the experts."""
     models: list[Any] = []
 
-    def run(experts: str, steps: range = range(5), folder: str = "", **options: Any) -> Any:
+    def run(experts: str, steps: range = range(8), folder: str = "", **options: Any) -> Any:
         how = {name: options.pop(name) for name in ("idle", "update") if name in options}
         models.append(load_trained(checkpoint(NAME, torch.float32), tmp_path / (folder or str(len(models))), **options))
         model = models[-1]
         optimizer = moetier.AdamW(model, lr=0.01, weight_decay=0.1, experts=experts, **how)
         optimizer.resume()
-        loop(model, optimizer, steps)
+        for step in steps:  # of so few tokens that most experts have none
+            with torch.enable_grad():
+                model(**batch(step, rows=1, length=3), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         return model
 
     yield run
@@ -43,17 +47,18 @@ def assert_same(mine: Any, theirs: Any) -> None:
             assert torch.equal(field, experts[key][name]), (key, name)
 
 
-@pytest.mark.parametrize("idle", ["dense", "skip"])
-def test_where_all_are_hot_or_all_cold_it_is_one_optimizer(idle: str, train: Get) -> None:
-    assert_same(train("hot-cold(threshold=0)", idle=idle), train("adamw", idle=idle))
-    assert_same(train("hot-cold(threshold=1, cold=momentum)", idle=idle), train("momentum", idle=idle))
+@pytest.mark.parametrize(("idle", "side"), [("dense", "cold"), ("skip", "hot")])
+def test_where_all_are_hot_or_all_cold_it_is_one_optimizer(idle: str, side: str, train: Get) -> None:
+    assert_same(
+        train(f"hot-cold(threshold={int(side == 'cold')}, {side}=momentum)", idle=idle), train("momentum", idle=idle)
+    )
 
 
 def test_slots_and_times_change_no_bit(train: Get) -> None:
     few, many = train(BOTH, slots=3, state_slots=1, gradient_slots=1), train(BOTH, slots="100%")
     usage = few.moetier.training.engine.applied.usage
     shares = [usage.share(ExpertKey(layer, expert)) for layer in range(3) for expert in range(8)]
-    assert min(shares) < 0.7 <= max(shares)  # there are experts of both kinds
+    assert 0 < min(shares) < 0.6 <= max(shares)  # there are experts of both kinds
     assert_same(few, many)
     assert_same(train(BOTH, update="backward"), many)
 
@@ -71,4 +76,4 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(train: Get) -> None:
     first = train(BOTH, range(3), folder="stopped")
     first.moetier.commit()
     first.moetier.close()
-    assert_same(train(BOTH, range(3, 5), folder="stopped"), whole)
+    assert_same(train(BOTH, range(3, 8), folder="stopped"), whole)

@@ -41,7 +41,7 @@ class Zigzag(Ranked):
         self._used: dict[Part, NDArray[np.float32]] = {}  # frequency of use, by kind of pass that was seen
         self._pending = np.zeros(records, np.float32)  # forwards whose backward is still to come
         self._touched = np.zeros(records, np.float32)  # used in a backward since the last update
-        self._follows: dict[Part, Part] = {}  # kind of pass -> what came after it last
+        self._follows = {Part.FORWARD: DOWN}  # kind of pass -> what came after it last
         self._part, self._layer = Part.SERVE, layers - 1
         self._seen: set[int] = set()  # used since the pass came to this layer
         self._again = False  # some of it for a second time
@@ -52,6 +52,9 @@ class Zigzag(Ranked):
     def on_access(self, access: Access) -> None:
         """Where the step is, and what it used."""
         part, layer = access.part, access.layer
+        here = {Part.FORWARD: self._layer + 1, DOWN: self._layer or None}  # where an update is none of a pass:
+        if part is Part.UPDATE and layer == here.get(self._part):
+            return  # an expert that was idle catches up, or one is updated by its very backward
         ids = [layer * self._experts + key[1] for key in access.keys]
         stays = (part, layer) == (self._part, self._layer) and part > Part.FORWARD  # a forward asks for a layer once
         if not stays:
@@ -74,7 +77,8 @@ class Zigzag(Ranked):
         """To another layer, or to another pass."""
         before = self._part
         if part is not before or (layer >= self._layer if part is DOWN else layer <= self._layer):
-            self._follows[before] = part
+            if before is not Part.FORWARD or part in (Part.FORWARD, DOWN):  # else its graph was thrown away
+                self._follows[before] = part
             if part is Part.FORWARD and part is not before:
                 self._pending.fill(0)  # of graphs that nobody went back through
             if before is Part.UPDATE:

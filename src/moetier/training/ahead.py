@@ -32,10 +32,18 @@ class StepAhead:
         self._prefill = StreamAhead(core, experts)
         self._next: list[ExpertKey] = []  # to look at, the first one last
         self._started: set[ExpertKey] = set()  # and not demanded yet
-        self.issued = 0
+        self._issued = 0
+
+    @property
+    def issued(self) -> int:
+        """Loads that were begun, in prefills and in training steps."""
+        return self._issued + self._prefill.issued
 
     def demanded(self, access: Access) -> None:
         """After `acquire`: what was loaded for it has been found, or will not be wanted. The next one begins."""
+        if access.part is Part.UPDATE:  # maybe in passing, of experts that catch up before a forward
+            self._started.difference_update(access.keys)
+            return
         self._prefill.demanded(access)
         for key in sorted(self._started.difference(access.keys)):
             self._core.cancel(key)
@@ -47,7 +55,7 @@ class StepAhead:
         """After a release, when no expert of the access waits for a slot any more."""
         if access.part is Part.SERVE:
             self._prefill.released(access)
-        else:
+        elif access.part is not Part.UPDATE:
             self._issue()
 
     def _after(self, access: Access) -> list[ExpertKey]:
@@ -70,5 +78,5 @@ class StepAhead:
                 if not self._core.prefetch(key, displace=True):
                     return
                 self._started.add(key)
-                self.issued += 1
+                self._issued += 1
             self._next.pop()

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,49 +21,15 @@ from moetier.access import Access, ExpertKey
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError, MoetierError
 from moetier.stores import ExpertStore
+from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Fields, Gradients
-from moetier.training.leases import read_again, together
+from moetier.training.leases import read_again
 from moetier.training.ledger import MOST_OWED, Ledger
-from moetier.training.optimizers import Hyper, RecordOptimizer, Settings
+from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
-from moetier.training.optimizers.usage import Usage
 from moetier.training.proxy import Proxy
 
 Scale = Callable[[ExpertKey, float], float]
-Idle = Literal["dense", "skip"]
-When = Literal["step", "backward"]
-
-
-@dataclass
-class Applied:
-    """What is applied to the experts: how, with which states, and when."""
-
-    optimizer: RecordOptimizer
-    state: ExpertCache | None  # None: the optimizer has no state
-    idle: Idle = "dense"
-    when: When = "step"
-    usage: Usage | None = None  # where the optimizer depends on how often an expert is used
-
-
-@dataclass
-class Records:
-    """Leases on an expert's records. `begun`: the state was made just now."""
-
-    weights: Lease
-    state: Lease | None
-    gradients: Lease | None
-    begun: bool = False
-
-    @property
-    def states(self) -> dict[str, torch.Tensor]:
-        """Fields of the state; none where the optimizer has none."""
-        return {} if self.state is None else self.state.fields
-
-    def keep(self, changed: bool) -> None:
-        """Whether the records were changed, and must be written home."""
-        self.weights.dirty = changed
-        if self.state is not None:
-            self.state.dirty = changed or self.begun
 
 
 class TrainingEngine:
@@ -119,15 +84,15 @@ class TrainingEngine:
         owed = {key: ledger.owed(key) for key in keys}
         due = []
         for key in keys:
-            optimizer = self._optimizer(key)
+            optimizer = applied.to(key)
             if any(optimizer.idles(hyper) for hyper in owed[key]):
                 due.append(key)
             else:
                 ledger.caught_up(key, False)
         try:
             with torch.no_grad():
-                for key, records in self._records(layer, due):
-                    changed = self._optimizer(key).idle(records.weights.fields, records.states, owed[key])
+                for key, records in applied.records(ledger, self.weights, layer, due):
+                    changed = applied.to(key).idle(records.weights.fields, records.states, owed[key])
                     records.keep(changed)
                     ledger.caught_up(key, changed)
         except BaseException as error:
@@ -215,38 +180,31 @@ class TrainingEngine:
         self.clear()
 
     def _step_layer(self, layer: int, settings: Settings, scale: Scale) -> None:
-        squares = self.gradients.squares[layer]
-        self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+        applied, squares = self.applied, self.gradients.squares[layer]
+        assert applied is not None
         hyper = self.ledger.begin(layer, settings)
-        self._count(squares, hyper)
-        for key, records in self._records(layer, sorted(squares), self.gradients.cache):
+        applied.count(squares, hyper.step)
+        keys, cache = sorted(squares), self.gradients.cache
+        for key, records in applied.records(self.ledger, self.weights, layer, keys, cache):
             assert records.gradients is not None
             fields = records.gradients.fields
             scale_(fields.values(), scale(key, squares[key]))
             self._update(key, records, fields, hyper)
         self.gradients.clear(layer)
+        self._forget(layer)
+
+    def _forget(self, layer: int) -> None:
+        """Bring experts up to date that owe very many steps, and drop the history that none owes."""
+        self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
         self.ledger.forget(layer)
 
     def _update(self, key: ExpertKey, records: Records, gradients: Fields, hyper: Hyper) -> None:
-        assert self.applied is not None
-        ledger = self.ledger
-        if self.applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
-            hyper = hyper.at(int(ledger.updates[key]) + 1)
-        self._optimizer(key).update(records.weights.fields, gradients, records.states, hyper)
-        ledger.updated(key)
-
-    def _count(self, keys: Iterable[ExpertKey], hyper: Hyper) -> None:
-        """Experts are used in a step of their layer; before it is decided how they are updated."""
-        assert self.applied is not None
-        if self.applied.usage is not None:
-            for key in keys:
-                self.applied.usage.count(key, hyper.step)
-
-    def _optimizer(self, key: ExpertKey) -> RecordOptimizer:
-        """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
-        applied = self.applied
+        applied, ledger = self.applied, self.ledger
         assert applied is not None
-        return applied.optimizer if applied.usage is None else applied.optimizer.part(applied.usage.share(key))
+        if applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
+            hyper = hyper.at(int(ledger.updates[key]) + 1)
+        applied.to(key).update(records.weights.fields, gradients, records.states, hyper)
+        ledger.updated(key)
 
     def usage(self) -> Any:
         """How often experts are used, for a checkpoint; None where nobody asks."""
@@ -257,7 +215,8 @@ class TrainingEngine:
 
     @torch.no_grad()
     def _apply_at_once(self, key: ExpertKey, gradients: Fields) -> None:
-        assert self.upcoming is not None
+        applied = self.applied
+        assert applied is not None and self.upcoming is not None
         layer = key.layer
         squares = self._at_once.setdefault(layer, {})
         if key in squares:
@@ -268,15 +227,14 @@ class TrainingEngine:
         squares[key] = squared_norm(gradients.values())
         try:
             if layer not in self._begun:
-                self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
                 settings, scale = self.upcoming()
                 own = settings[layer]
                 assert own is not None
                 self._begun[layer] = (self.ledger.begin(layer, own), scale)
             hyper, scale = self._begun[layer]
-            self._count([key], hyper)
+            applied.count([key], hyper.step)
             scale_(gradients.values(), scale(key, squares[key]))
-            for _, records in self._records(layer, [key]):
+            for _, records in applied.records(self.ledger, self.weights, layer, [key]):
                 self._update(key, records, gradients, hyper)
         except BaseException as error:
             self._broken = error
@@ -295,44 +253,12 @@ class TrainingEngine:
         """The end of a step whose updates were made during backward."""
         self.check()
         for layer in self._begun:
-            self.ledger.forget(layer)
+            self._forget(layer)
         self._begun.clear()
         self._at_once.clear()
         self.clear()
 
-    # -- records -------------------------------------------------------------------------------------------------------
-
-    def _records(
-        self, layer: int, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None
-    ) -> Iterator[tuple[ExpertKey, Records]]:
-        """The records of every key, the state begun, marked as changed; first those whose state is not needed."""
-        assert self.applied is not None
-        state = self.applied.state
-        if state is not None and self.applied.usage is not None:
-            layout = self.weights.store.layout(layer)
-            needs = {key: self._optimizer(key).state_layout(layout) is not None for key in keys}
-            yield from self._leased(layer, [key for key in keys if not needs[key]], None, gradients)
-            keys = [key for key in keys if needs[key]]
-        yield from self._leased(layer, keys, state, gradients)
-
-    def _leased(
-        self, layer: int, keys: Sequence[ExpertKey], state: ExpertCache | None, gradients: ExpertCache | None
-    ) -> Iterator[tuple[ExpertKey, Records]]:
-        if not keys:
-            return
-        assert self.applied is not None
-        caches = [cache for cache in (state, self.weights, gradients) if cache is not None]
-        for leases in together(layer, keys, *caches):
-            left = list(leases)
-            own = left.pop(0) if state is not None else None
-            records = Records(left.pop(0), own, left.pop() if left else None)
-            records.keep(True)
-            key = records.weights.key
-            records.begun = state is self.applied.state and not self.ledger.begun[key]
-            if records.begun:
-                self.applied.optimizer.begin(records.weights.fields, records.states)
-                self.ledger.begun[key] = True
-            yield key, records
+    # -- the whole ----------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
         """Write everything changed home: weights and states. Raises `StoreError`."""

@@ -16,7 +16,8 @@ import torch
 
 from moetier.access import ExpertKey
 from moetier.errors import ConfigError
-from moetier.training.engine import Idle, Scale, TrainingEngine, When
+from moetier.training.applied import Idle, When
+from moetier.training.engine import Scale, TrainingEngine
 from moetier.training.optimizers import RecordOptimizer, Settings, make_optimizer
 from moetier.training.optimizers.adam import AdamW as RecordAdamW
 from moetier.training.optimizers.clipping import (
@@ -88,6 +89,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         Raises `StoreError` where experts cannot be read or written; the last checkpoint stays as it is.
         """
         self._session.check_step()
+        self._engine.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():

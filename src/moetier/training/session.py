@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from moetier.errors import CapacityError, ConfigError, StoreError
 from moetier.plan import format_size
 from moetier.stores.runfolder import RunFolder
+from moetier.training.applied import Applied, Idle, When
 from moetier.training.caches import small_cache
-from moetier.training.engine import Applied, Idle, TrainingEngine, When
+from moetier.training.engine import TrainingEngine
 from moetier.training.optimizers import RecordOptimizer
 from moetier.training.snapshots import (
     OPTIMIZER,
     RANDOM,
     RESIDENT,
+    TensorFile,
     check_json,
-    load_tensors,
     optimizer_snapshot,
     plain,
     random_snapshot,
@@ -68,8 +69,7 @@ class TrainingSession:
             return False
         self._saved = saved = _checked(self.run.extra(at), self.run)
         self.step = int(saved["step"])
-        path = self.run.attachment(at, RESIDENT)
-        restore_resident(self.model, load_tensors(path), path)
+        restore_resident(self.model, TensorFile(self.run.attachment(at, RESIDENT)))
         return bool(saved["owes"])
 
     # -- the optimizer -------------------------------------------------------------------------------------------------
@@ -190,8 +190,7 @@ class TrainingSession:
                 f"resume: the checkpoint was made with the parts {sorted(saved['parts'])}, given are {sorted(given)}; "
                 "give the same"
             )
-        path = self.run.attachment(at, OPTIMIZER)
-        restore_optimizer(self._optimizer, load_tensors(path), saved["optimizer"], path)
+        restore_optimizer(self._optimizer, TensorFile(self.run.attachment(at, OPTIMIZER)), saved["optimizer"])
         for name in given:
             parts[name].load_state_dict(saved["parts"][name])
         self.restore_generators()
@@ -200,7 +199,7 @@ class TrainingSession:
     def restore_generators(self) -> None:
         """Set all random generators as they were at the checkpoint that training goes on from."""
         if self._saved is not None and self.run.step is not None:
-            restore_random(load_tensors(self.run.attachment(self.run.step, RANDOM)), self._saved["random"])
+            restore_random(TensorFile(self.run.attachment(self.run.step, RANDOM)), self._saved["random"])
 
     @property
     def waiting(self) -> bool:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 from moetier.errors import ConfigError, StoreError
 from moetier.training.proxy import Proxy
@@ -22,6 +21,19 @@ from moetier.training.proxy import Proxy
 RESIDENT = "resident.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 RANDOM = "random.safetensors"
+
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 # -- resident weights --------------------------------------------------------------------------------------------------
 
@@ -35,23 +47,48 @@ def resident_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Write tensors to a safetensors file."""
-    # contiguous copies of their own: safetensors refuses tensors that share memory
-    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, path)
+    """Write tensors to a safetensors file, one after the other: never more than one of them is copied."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read such a file. Raises `StoreError` naming it."""
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: cannot be read: {error}; go on from another step") from error
+class TensorFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for. Raises `StoreError` naming the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = cast(Any, safe_open(path, "pt"))
+            self._names = list(self._file.keys())
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path}: cannot be read: {error}; go on from another step") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @torch.no_grad()
-def restore_resident(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def restore_resident(model: torch.nn.Module, tensors: TensorFile) -> None:
     """Put saved weights back in place. Raises `StoreError` where they are not those of this model."""
-    own = resident_tensors(model)
+    own, path = resident_tensors(model), tensors.path
     for name in sorted(own.keys() ^ tensors.keys()):
         where = "is missing" if name in own else "is not in the model"
         raise StoreError(f"{path}: {name} {where}: the run was made with another model")
@@ -83,14 +120,14 @@ def optimizer_snapshot(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
     return tensors, {"values": values, "groups": groups}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], saved: Mapping[str, Any], path: Path
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorFile, saved: Mapping[str, Any]) -> None:
     """Put the state back, every tensor with the bits and the dtype that it had. Raises `StoreError`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups = saved["groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
-        raise StoreError(f"{path}: the run's optimizer had other groups of parameters; make it as it was made before")
+        raise StoreError(
+            f"{tensors.path}: the run's optimizer had other groups of parameters; make it as it was made before"
+        )
     for own, group in zip(optimizer.param_groups, groups, strict=True):
         for name, value in group.items():
             if name != "params":
@@ -100,7 +137,9 @@ def restore_optimizer(
         number, _, name = full.partition(".")
         parameter = parameters[int(number)]
         # torch keeps counts of steps where they are made, on the CPU
-        optimizer.state[parameter][name] = tensor if tensor.dim() == 0 else tensor.to(parameter.device)
+        optimizer.state[parameter][name] = (
+            tensor.clone() if tensor.dim() == 0 else tensor.to(parameter.device, copy=True)
+        )
     for text, entries in saved["values"].items():
         optimizer.state[parameters[int(text)]].update(entries)
 
