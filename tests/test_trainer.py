@@ -227,30 +227,29 @@ def test_a_commit_that_fails_leaves_the_step_before(runs: Runs, monkeypatch: pyt
     assert folders(trainer) == steps(trainer) == [2]
 
 
-def test_any_step_can_be_gone_on_from_and_the_same_process_can_go_on(runs: Runs) -> None:
-    trainer = runs.trainer(save_steps=1)
+@pytest.mark.parametrize("experts", [None, "hot-cold(threshold=0.03)"])
+def test_any_step_can_be_gone_on_from_and_the_same_process_can_go_on(experts: str | None, runs: Runs) -> None:
+    options: dict[str, Any] = {"optimizer_cls_and_kwargs": (moetier.AdamW, {"lr": 0.01, "experts": experts})}
+    trainer = runs.trainer(save_steps=1, **options)
     trainer.train()
     expected, weights = losses(trainer), everything(trainer)
-    trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3"))  # back in time
-    assert losses(trainer) == expected
-    assert_equal(everything(trainer), weights)
+
+    def goes_on(trainer: Any, **where: Any) -> None:
+        trainer.train(**where)
+        assert losses(trainer) == expected
+        assert_equal(everything(trainer), weights)
+
+    goes_on(trainer, resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-3"))  # back in time
     runs.close()
-    stopped = runs.trainer("stopped", until=5)  # saved at 4
+    again = runs.trainer(save_steps=1, **options)
+    goes_on(again, resume_from_checkpoint="checkpoint-2")  # the model was loaded at step 6
+    assert steps(again) == [1, 2, 3, 4, 5, 6]
+    runs.close()
+    goes_on(runs.trainer(save_steps=1, load={"train_step": 4}, **options), resume_from_checkpoint=True)
+    stopped = runs.trainer("stopped", until=5, **options)  # saved at 4
     stopped.train()
     stopped.remove_callback(Until)
-    stopped.train(resume_from_checkpoint=True)
-    assert losses(stopped) == expected
-    assert_equal(everything(stopped), weights)
-    runs.close()
-    again = runs.trainer(save_steps=1)
-    again.train(resume_from_checkpoint="checkpoint-2")  # the model was loaded at step 6
-    assert losses(again) == expected and steps(again) == [1, 2, 3, 4, 5, 6]
-    assert_equal(everything(again), weights)
-    runs.close()
-    early = runs.trainer(save_steps=1, load={"train_step": 4})
-    early.train(resume_from_checkpoint=True)
-    assert losses(early) == expected
-    assert_equal(everything(early), weights)
+    goes_on(stopped, resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("limit", [1, None])

@@ -265,17 +265,20 @@ class TrainingEngine:
         for cache in self._kept():
             cache.flush()
 
-    def rewind(self, home: Callable[[], None], ledger: Mapping[str, Any]) -> None:
-        """Have the experts as they are at home after `home()` took that back to a step with these books.
+    def rewind(self, home: Callable[[], None], saved: Mapping[str, Any]) -> None:
+        """Have the experts as they are at home after `home()` took that back to a step with these `saved` books.
 
         Graphs of forwards before it must not be used any more.
         """
         self.check()
         self.flush()  # nothing is on its way home then, and nothing is changed
-        assert self.applied is not None
+        applied = self.applied
+        assert applied is not None
         try:
             home()
-            self.ledger.load(ledger, self.applied.optimizer.settings)
+            self.ledger.load(saved["ledger"], applied.optimizer.settings)
+            if applied.usage is not None:
+                applied.usage.load(saved["usage"])
             for cache in self._kept():
                 read_again(cache, self.ledger.counts)
         except BaseException as error:

@@ -216,14 +216,13 @@ class TrainingSession:
         Later steps stay until the next commit, as when the run is opened at a step. Raises `ConfigError` for a step
         that is not there, `StoreError` where records cannot be read; the model must then be loaded again.
         """
-        optimizer, applied = self._optimizer, self.engine.applied
-        if optimizer is None or applied is None:
+        if self._optimizer is None:
             raise ConfigError("make the optimizer before rewind()")
         saved = _checked(self.run.extra(step), self.run)
         if saved["kind"] != self._kind:
             raise ConfigError(f"{self.run.folder}: step {step} was trained with {saved['kind']}")
         self.engine.clear()
-        self.engine.rewind(partial(self.run.go_back, step), saved["ledger"])
+        self.engine.rewind(partial(self.run.go_back, step), saved)
         self._begin()
         self._resumed = False
 
