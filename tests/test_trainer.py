@@ -124,7 +124,6 @@ KINDS = {
     "clipped": {"max_grad_norm": 0.3},
     "accumulated, clipped": {"gradient_accumulation_steps": 3, "max_grad_norm": 0.3},
     "checkpointed": {"gradient_accumulation_steps": 2, **dict.fromkeys(CHECKPOINTING, True)},
-    "autocast": {"bf16": True, "gradient_accumulation_steps": 2},
     "sgd": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.05},
 }
 

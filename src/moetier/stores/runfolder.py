@@ -220,7 +220,7 @@ class RunFolder:
         Later steps stay until the next commit. Raises `ConfigError` for a step that is not there.
         """
         self._check_writable()
-        self._at = self._steps.find(step)
+        self._steps.choose(step)
         self.rollback()
 
     # -- steps ---------------------------------------------------------------------------------------------------------
