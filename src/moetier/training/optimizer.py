@@ -37,6 +37,8 @@ from moetier.training.optimizers.sgd import Momentum as RecordMomentum
 if TYPE_CHECKING:
     from moetier.training.session import TrainingSession
 
+STEP = "moetier_step"  # in a state dict
+
 
 class TieredOptimizer(torch.optim.Optimizer):
     """What the optimizers of tiered models have in common. Not used by itself: it comes before one of torch's.
@@ -167,8 +169,26 @@ class TieredOptimizer(torch.optim.Optimizer):
         """
         return self._session.resume(**parts)
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether experts are updated before `step`: nothing may be done to their gradients then."""
+        return self._update == "backward"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the parameters, with the step that it is of."""
+        return {**super().state_dict(), STEP: self._session.step}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the parameters; that of the experts is in the run folder. Masters keep their dtype."""
+        """Of the parameters; that of the experts is in the run folder. Masters keep their dtype.
+
+        Raises `ConfigError` for the state of another step than the experts are at.
+        """
+        step = state_dict.get(STEP, self._session.step)
+        if step != self._session.step:
+            raise ConfigError(
+                f"load_state_dict: the optimizer's state is of step {step}, but the experts of this run are at "
+                f"{self._session.step}; resume with optimizer.resume(), or moetier.Trainer, which know the run folder"
+            )
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, entries in state_dict["state"].items():
