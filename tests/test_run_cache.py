@@ -43,7 +43,7 @@ def cache_over(store: ExpertStore) -> ExpertCache:
 
 
 def add(cache: ExpertCache, field: str, key: ExpertKey, time: int, amount: int) -> None:
-    for lease in cache.stream(Access(time, key.layer, (key,))):
+    for lease in cache.stream(Access(time, key.layer, (key,), writes=True)):
         lease.fields[field].add_(amount)
         lease.dirty = True
 

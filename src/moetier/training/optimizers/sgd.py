@@ -1,6 +1,7 @@
 """Stochastic gradient descent, plain and with momentum, by torch's fused kernels.
 
-Bit-identical to `torch.optim.SGD(fused=True)` on parameters of the same tensors.
+Bit-identical to `torch.optim.SGD(fused=True)` on parameters of the same tensors. Half-precision parameters (without
+masters) take torch's ordinary way instead: its fused CPU kernel is wrong there (torch 2.13; docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch.optim.sgd import sgd
 
 from moetier.errors import ConfigError
 from moetier.training.optimizers.base import ElementwiseOptimizer, Tensors
-from moetier.training.optimizers.fields import Fields
+from moetier.training.optimizers.fields import HALF, Fields
 from moetier.training.optimizers.settings import Hyper, Settings
 
 BUFFER = "momentum_buffer"
@@ -48,6 +49,11 @@ class MomentumSettings(Settings):
             raise ConfigError(f"dampening: {self.dampening!r}, but with nesterov it must be 0")
 
 
+def can_fuse(params: Tensors) -> bool:
+    """Whether torch's fused kernel computes these right."""
+    return all(param.device.type != "cpu" or param.dtype not in HALF for param in params)
+
+
 class SGD(ElementwiseOptimizer):
     """Plain SGD, with weight decay added to the gradient. Has no state, but for masters of half-precision weights."""
 
@@ -61,7 +67,8 @@ class SGD(ElementwiseOptimizer):
             list(params),
             list(gradients),
             [],
-            fused=True,
+            fused=can_fuse(params),
+            foreach=False,
             weight_decay=settings.weight_decay,
             momentum=0.0,
             lr=settings.lr,
@@ -111,7 +118,8 @@ class Momentum(ElementwiseOptimizer):
             list(params),
             list(gradients),
             buffers,
-            fused=True,
+            fused=can_fuse(params),
+            foreach=False,
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
             lr=settings.lr,
