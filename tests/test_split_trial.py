@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moetier.split_trial import HOLD, SETTLING, TRIED, SplitTrial
+from moetier.split_trial import HOLD, SETTLING, SOONEST, TRIED, SplitTrial
 
 TRIALS = 2 * (TRIED + SETTLING)
 
@@ -63,6 +63,22 @@ def test_trials_become_rarer_while_the_verdict_stays_and_frequent_when_it_change
     run(trial, 2 * TRIED, lambda crew: 1.2 if crew else 1.0)
     assert not trial.crew
     assert steps < 3000
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_machine_that_slows_down_the_chosen_way_is_noticed(chosen: bool) -> None:
+    trial = SplitTrial()
+    run(trial, TRIALS + 4, lambda crew: 1.0 if crew == chosen else 1.2)
+    assert trial.crew == chosen
+    run(trial, SOONEST + TRIALS, lambda crew: 1.5 if crew == chosen else 1.2)
+    assert trial.crew != chosen
+
+
+def test_a_machine_that_slows_down_both_changes_nothing_for_long() -> None:
+    trial = SplitTrial()
+    run(trial, TRIALS + 4, lambda crew: 1.0 if crew else 1.2)
+    ways = run(trial, 400, lambda crew: 2.0 if crew else 2.4)
+    assert ways.count(False) <= 3 * (TRIED + SETTLING)
 
 
 def test_changing_back_and_forth_is_counted() -> None:

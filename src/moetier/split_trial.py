@@ -17,6 +17,8 @@ SETTLING = 2  # first steps after a change, not counted: threads wake up
 HOLD, LONGEST = 128, 1024  # steps until the next trial; doubled while the verdict stays the same
 MARGIN = 0.97  # torch's way must be this much faster to be taken
 COLLAPSE = 2.0  # times the other way's median; two such steps end a trial, or what it led to
+DRIFT = 1.15  # times what the other way took when it was tried: then it is tried again, after `SOONEST` steps at least
+SOONEST = 32
 RECENT = 32
 
 
@@ -40,12 +42,16 @@ class SplitTrial:
         if self._skip:
             self._skip -= 1
         elif not self.crew and self._collapsed(seconds):
+            self._times[False].clear()  # what it took before says nothing any more
             self._settle(True)
             return
         else:
             self._times[self.crew].append(seconds)
         self._left -= 1
         if self._left > 0:
+            if not self._trial and self._drifted():
+                self._hold = HOLD
+                self._try(not self.crew)
             return
         if self._trial and not self._first:
             mine, other = median(self._times[False]), median(self._times[True])
@@ -58,6 +64,14 @@ class SplitTrial:
         usual = median(self._times[True]) if self._times[True] else seconds
         self._slow = self._slow + 1 if seconds > COLLAPSE * usual else 0
         return self._slow == 2
+
+    def _drifted(self) -> bool:
+        """Whether the chosen way is by now slower than the other one was: the machine has changed."""
+        held = self._hold - self._left
+        if held < SOONEST or held % TRIED or not self._times[not self.crew]:
+            return False
+        recent = list(self._times[self.crew])[-TRIED:]
+        return median(recent) > DRIFT * median(self._times[not self.crew])
 
     def _try(self, crew: bool) -> None:
         self._trial, self._left = True, TRIED + SETTLING
