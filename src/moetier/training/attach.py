@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -26,9 +27,11 @@ from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
 from moetier.training.ahead import StepAhead
+from moetier.training.allocator import give_large_blocks_back
 from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
+from moetier.training.footprint import training_workspace_nbytes
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
@@ -45,10 +48,13 @@ def attach_training(
     """
     device = one_device(model)
     assert options.train is not None
+    give_large_blocks_back()
     layouts, counts = [m.layout for m in maps], [len(m.recipes) for m in maps]
     packed = find_packed(shards, layouts, options.store)
     workload = workload_of(model, maps, options, top_k, 0, packed)
     sizes = sizes_of(model, layouts, workload.slot_nbytes)
+    working = training_workspace_nbytes(model, modules, options.readers, options.context, top_k, sizes.gradients)
+    workload = replace(workload, workspace_nbytes=working)
     machine = budgets(options, device)
     division = divide(workload, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
     plan = make_plan(as_planned(workload, sizes, division), machine, division.weights)
