@@ -167,7 +167,7 @@ class Run:
 
     def withdraw(self, random: Random) -> None:
         """What a mover does with the copies that nobody wants: it may have begun them, or not."""
-        obsolete = [copy_id for copy_id in self.core.obsolete if copy_id in self.memory.flights]
+        obsolete = [copy_id for copy_id in dict.fromkeys(self.core.obsolete) if copy_id in self.memory.flights]
         self.core.obsolete.clear()
         for copy_id in obsolete:
             if random.random() < 0.7:

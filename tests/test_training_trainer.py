@@ -43,8 +43,9 @@ def trainer(model: Any, optimizer: Any, out: Path, callbacks: list[Any]) -> Trai
     return Trainer(model, arguments, train_dataset=Data(), optimizers=(optimizer, None), callbacks=callbacks)
 
 
-def logged(made: Trainer) -> list[tuple[float, float]]:
-    return [(entry["loss"], entry["grad_norm"]) for entry in made.state.log_history if "loss" in entry]
+def logged(made: Trainer) -> list[float]:
+    """Losses and norms, step by step."""
+    return [entry[name] for entry in made.state.log_history if "loss" in entry for name in ("loss", "grad_norm")]
 
 
 def test_trains_stops_resumes_evaluates_and_saves(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
