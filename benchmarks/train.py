@@ -1,8 +1,8 @@
 """Training speed of a model whose experts do not fit: step time, memory and bytes against the same loop in memory.
 
-    python benchmarks/train.py --json benchmarks/results/train.json --resume --minutes 5       # a piece; again until done
+    python benchmarks/train.py --json benchmarks/results/train.json --resume --minutes 5    # a piece; again until done
     python benchmarks/train.py --update-docs benchmarks/results/train.json
-    python benchmarks/train.py --smoke                                                         # does it run? a minute
+    python benchmarks/train.py --smoke                                                      # does it run?
 
 A run is a fresh process that makes some steps of 4,096 tokens with AdamW, and then a commit. A part is a pair of runs,
 in memory and an arm, one behind the other, which first alternating; what counts is the ratio within a pair. Right
@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-from common import GIB, MIB, MemoryGroup, NoMemoryGroup, Shape
+from common import MIB, MemoryGroup, NoMemoryGroup, Shape
 from decode import failure
 from report import ROOT, Pieces, say, size
 from train_disk import MixedDisk

@@ -142,7 +142,9 @@ def bytes_table(found: dict[str, Any]) -> str:
             row.append(f"{read:.2f} / {written:.2f}")
         row.append(f"{middle(lambda run: mean(found, run, 'changed_nbytes')) / 1e9:.2f}")
         row.append(f"{middle(lambda run: amplification(found, run)):.2f}")
-        row += [f"{middle(lambda run, n=n: run['commit'][n]) / unit:.2f}" for n, unit in (("seconds", 1), ("written", 1e9))]
+        row += [
+            f"{middle(lambda run, n=n: run['commit'][n]) / unit:.2f}" for n, unit in (("seconds", 1), ("written", 1e9))
+        ]
         row.append(gbs([speed for run in runs for speed in run["bandwidth"]]))
         rows.append(row)
     head = ["arm", "read, GB/step", "written, GB/step", "weights: read / written", "state", "gradients"]

@@ -17,7 +17,7 @@ from moetier.sizing import BASE_WORKSPACE, READER_NBYTES
 
 SHORT, LONG = 16, 48  # tokens of the two forwards
 LAYER_COPIES = 16  # hidden states that a decoder layer saves, where it cannot be measured
-ROW_COPIES = 4  # of the rows of all experts of a layer: gathered, results, in token order, summed
+ROW_COPIES = 3  # of the rows of all experts of a layer at once: gathered, results, in token order
 LOSS_COPIES = 2  # of the logits in float32 at once, beside what is saved of them: gradients of the loss
 
 
