@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 from common import MIB, NoMemoryGroup, Shape
 from decode import failure
-from report import ROOT, Mark, machine_line, marks_table, say, size, table, update_section, write_json
+from report import ROOT, Mark, machine_line, marks_table, say, size, table, update_section, without_pieces, write_json
 from train import TINY
 from train_tasks import SCRIPT
 
@@ -72,6 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"machine": common.machine_info(ROOT), "shape": asdict(shape), "settings": settings(args)}
     found |= {"base": base, "limit": limit, "host_memory": host, "cgroup": stats, "peak_anon": ended.peak_anon}
     found["run"] = result or failure(ended, stats)
+    found["machine"]["command"] = without_pieces(found["machine"]["command"])
     return found
 
 

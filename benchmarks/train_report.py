@@ -184,8 +184,8 @@ def losses_line(found: dict[str, Any]) -> str:
         same = "the same losses in all runs, bit for bit" if len(tiered) == 1 else "**different losses**"
         first = next(iter(tiered))
         lines.append(
-            f"{NAMES[dtype]}: moetier's arms had {same} ({first[0]:.4f} → {first[-1]:.4f}); they are within {off:.1e} of "
-            "those in memory."
+            f"{NAMES[dtype]}: moetier's arms had {same} ({first[0]:.4f} → {first[-1]:.4f}); they are within {off:.1e} "
+            "of those in memory."
         )
     return " ".join(lines)
 
@@ -197,16 +197,16 @@ def tables(found: dict[str, Any]) -> str:
     settings, shape = found["settings"], found["shape"]
     rounds = 1 + max(pair["round"] for pair in found["pairs"])
     lines = [
-        f"{machine_line(found['machine'])}. {shape['layers']} layers of {shape['experts']} experts ({shape['top_k']} per "
-        f"token), hidden {shape['hidden']}, intermediate {shape['intermediate']}; AdamW, {settings['tokens']} tokens a "
-        f"step in {settings['rows']} sequences, {settings['threads']} threads; means of {settings['steps']} steps after "
-        f"{settings['warm_up']}, medians over {rounds} interleaved pair{'s' * (rounds > 1)} of runs; "
+        f"{machine_line(found['machine'])}. {shape['layers']} layers of {shape['experts']} experts ({shape['top_k']} "
+        f"per token), hidden {shape['hidden']}, intermediate {shape['intermediate']}; AdamW, {settings['tokens']} tokens "
+        f"a step in {settings['rows']} sequences, {settings['threads']} threads; means of {settings['steps']} steps "
+        f"after {settings['warm_up']}, medians over {rounds} interleaved pair{'s' * (rounds > 1)} of runs; "
         f"`python benchmarks/{found['machine']['command']}`.",
         marks_table(marks(found)),
         time_table(found),
         bytes_table(found),
         memory_table(found),
-        f"The interpreter and its libraries alone, training a model of a few kilobytes: {size(found['base']['VmHWM'])}.",
+        f"The interpreter and its libraries, training a model of a few kilobytes: {size(found['base']['VmHWM'])}.",
         losses_line(found),
     ]
     for pair in found["pairs"]:

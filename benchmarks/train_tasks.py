@@ -81,8 +81,7 @@ def make_float32(folder: Path, shape: Shape) -> None:
 
 
 def task_base(spec: Spec) -> dict[str, Any]:
-    """What the interpreter and the libraries take when they train: a model of a few kilobytes, in plain transformers."""
-    import moetier  # noqa: F401
+    """What the interpreter and the libraries take when they train a model of a few kilobytes in plain transformers."""
     import moetier.training.reference  # noqa: F401
 
     common.make_checkpoint(Path(spec["folder"]), common.MICRO)

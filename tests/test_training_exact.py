@@ -1,4 +1,4 @@
-"""All at once, for every optimizer: accumulation, clipping, decay, auxiliary loss, checkpointing, at a quarter of the slots.
+"""Accumulation, clipping, decay, auxiliary loss and checkpointing at once, at a quarter of the slots.
 
 Every step uses more experts than there are slots. `MOETIER_TRAINING_STEPS` is how many steps there are; few by default.
 """
@@ -84,7 +84,7 @@ def test_within_a_millionth_of_stock_transformers(kind: str, checkpoint: Get, tr
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -> None:
-    """The same recipe in memory: weights of bf16, everything else of fp32; one backward a step, as bf16 would add up."""
+    """The same recipe in memory: weights of bf16, all else of fp32. One backward a step: bf16 sums would differ."""
     make, theirs, settings = OPTIMIZERS[kind]
     model, plain = trained(torch.bfloat16), prepared(load_reference(checkpoint(NAME, torch.bfloat16)))
     optimizer = make(model, fused=True, **settings)

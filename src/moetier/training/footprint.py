@@ -38,7 +38,7 @@ def training_workspace_nbytes(
 
 
 def saved_per_token(model: Any, modules: list[tuple[str, Any]]) -> float:
-    """Bytes that autograd saves for backward, for each token of a batch. `modules` are the experts, which do not run."""
+    """Bytes that autograd saves for backward, a token of a batch. `modules` are the experts, which do not run."""
     try:
         short, long = (_saved_nbytes(model, modules, tokens) for tokens in (SHORT, LONG))
     except Exception:  # a model that wants other inputs than tokens and labels: estimate instead
@@ -60,9 +60,9 @@ def _saved_nbytes(model: Any, modules: list[tuple[str, Any]], tokens: int) -> in
         return tensor
 
     ids = torch.zeros(1, tokens, dtype=torch.long)
-    with _without_experts(modules), torch.enable_grad():
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(input_ids=ids, labels=ids, use_cache=False)
+    saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with _without_experts(modules), torch.enable_grad(), saving:
+        model(input_ids=ids, labels=ids, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 
 
