@@ -199,8 +199,8 @@ def tables(found: dict[str, Any]) -> str:
     lines = [
         f"{machine_line(found['machine'])}. {shape['layers']} layers of {shape['experts']} experts ({shape['top_k']} "
         f"per token), hidden {shape['hidden']}, intermediate {shape['intermediate']}; AdamW, {settings['tokens']} "
-        f"tokens a step in {settings['rows']} sequences, {settings['threads']} threads; means of {settings['steps']} steps "
-        f"after {settings['warm_up']}, medians over {rounds} interleaved pair{'s' * (rounds > 1)} of runs; "
+        f"tokens a step in {settings['rows']} sequences, {settings['threads']} threads; means of {settings['steps']} "
+        f"steps after {settings['warm_up']}, medians over {rounds} interleaved pair{'s' * (rounds > 1)} of runs; "
         f"`python benchmarks/{found['machine']['command']}`.",
         marks_table(marks(found)),
         time_table(found),
