@@ -22,6 +22,11 @@ import neighbour
 import prefetch
 import report
 import tasks
+import train
+import train_disk
+import train_limit
+import train_report
+import train_tasks
 
 accelerate = pytest.importorskip("accelerate", reason="the peers need the extra `bench`")
 
@@ -173,7 +178,7 @@ def test_bootstrap_interval() -> None:
 
 
 def test_sections_of_the_docs(tmp_path: Path) -> None:
-    for name in ("decode", "kernels", "neighbour", "prefetch", "gpu"):
+    for name in ("decode", "kernels", "neighbour", "prefetch", "gpu", "train", "train-limit"):
         assert f"<!-- {name} results: begin -->" in report.DOCS.read_text()
     page = tmp_path / "page.md"
     page.write_text("a\n<!-- x results: begin -->\nold\n<!-- x results: end -->\nb\n")
@@ -287,3 +292,87 @@ def test_gpu_names_what_its_budget_leaves_out(tmp_path: Path, monkeypatch: pytes
     run_main(gpu, monkeypatch, "--dry-run", "--budget-seconds", "0", "--json", str(out), "--work", str(tmp_path))
     found = json.loads(out.read_text())
     assert found["runs"] == {} and "time budget" in found["left_out"]["accelerate"]
+
+
+@pytest.fixture
+def trains(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Children of the training benchmarks run in this process; gives their specifications."""
+    specs: list[dict[str, Any]] = []
+
+    def run(script: Path, spec: dict[str, Any], folder: Path, group: Any = None) -> tuple[Any, common.Ended]:
+        spec = json.loads(json.dumps(spec))
+        specs.append(spec)
+        result = train_tasks.TASKS[spec["task"]](spec)
+        return json.loads(json.dumps(result)), common.Ended(0, "", 0)
+
+    monkeypatch.setattr(common, "run_child", run)
+    monkeypatch.setattr(common, "drop_page_cache", lambda: False)
+    monkeypatch.setattr(train_disk.MixedDisk, "bandwidth", lambda self, nbytes: 1e9)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 25))  # other tests keep the allocator they had
+    return specs
+
+
+def test_train(
+    trains: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "train.json"
+    arguments = ["--smoke", "--memory-limit", "none", "--work", str(tmp_path), "--json", str(out), "--resume"]
+    arms = ["moetier-25", "moetier-25-backward", "moetier-25-writethrough", "reference"]
+    with torch.enable_grad():
+        run_main(train, monkeypatch, *arguments, "--minutes", "0", "--arms", *arms)
+        first = json.loads(out.read_text())["pairs"]
+        run_main(train, monkeypatch, *arguments, "--arms", *arms)
+        run_main(train, monkeypatch, *arguments, "--arms", "moetier-50", "--dtypes", "bfloat16")
+    found = json.loads(out.read_text())
+    assert len(first) == 1 and found["pairs"][:1] == first
+    assert [(pair["dtype"], pair["arm"]) for pair in found["pairs"]] == [
+        *(("float32", arm) for arm in arms),
+        ("bfloat16", "moetier-50"),
+    ]
+    losses = [[step["loss"] for step in pair["run"]["steps"]] for pair in found["pairs"][:4]]
+    assert losses[0] == losses[1] == losses[2] == losses[3]  # the reference has the same bits
+    runs = {pair["arm"]: pair["run"] for pair in found["pairs"]}
+    in_backward = runs["moetier-25-backward"]["steps"][-1]["moved"]
+    assert in_backward["gradients, host→disk"] == 0  # it stores none
+    for run in runs.values():
+        if "moved" in run["steps"][0]:
+            assert run["steps"][-1]["moved"]["weights, disk→host"] > 0 and run["commit"]["seconds"] > 0
+            assert run["steps"][-1]["changed_nbytes"] > 0
+    assert train_report.amplification(found, runs["moetier-25-writethrough"]) >= train_report.amplification(
+        found, runs["moetier-25"]
+    )
+    text = capsys.readouterr().out
+    assert "the same losses in all runs, bit for bit" in text and "bf16, fp32 masters" in text
+
+
+def test_marks_of_train() -> None:
+    """The disk takes 0.6 s for the bytes, the step in memory half a second: the disk is the bound."""
+    memory = {"steps": [{"seconds": 9.0}, {"seconds": 0.5}], "memory": {"VmHWM": 1}}
+    step = {"seconds": 0.75, "read": 4e8, "written": 2e8}
+    run = {"steps": [{"seconds": 9.0}, step], "bandwidth": [0.9e9, 1.1e9], "plan_nbytes": 900}
+    run |= {"memory": {"VmHWM": 1060}}
+    pair = {"round": 0, "dtype": "float32", "arm": "moetier-25", "memory": memory, "run": run}
+    failed = pair | {"run": {"failed": "killed"}}
+    found = {"settings": {"warm_up": 1}, "base": {"VmHWM": 100}, "pairs": [pair, failed]}
+    made = train_report.marks(found)
+    assert [(round(mark.value, 3), mark.reached) for mark in made] == [(1.25, True), (0.06, False)]
+
+
+def test_train_limit(
+    trains: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_limit, "LIMIT", 600 << 20)
+    monkeypatch.setitem(train_tasks.TASKS, "base", lambda spec: {"VmHWM": 400 << 20})
+    with torch.enable_grad():
+        run_main(train_limit, monkeypatch, "--smoke", "--memory-limit", "none", "--work", str(tmp_path))
+    assert trains[-1]["host_memory"] == (600 - 400 - 64) << 20
+    assert "experts' weights and optimizer states ÷ memory limit" in capsys.readouterr().out
+
+
+def test_the_mixed_disk_reads_and_writes(tmp_path: Path) -> None:
+    disk = train_disk.MixedDisk(tmp_path / "disk.bin", 16 << 20)
+    try:
+        assert disk.bandwidth(16 << 20) > 0
+    except OSError as error:
+        pytest.skip(f"no direct I/O here: {error}")
+    assert disk.path.stat().st_size == 16 << 20

@@ -27,16 +27,16 @@ from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure
 from moetier.training.ahead import StepAhead
+from moetier.training.allocator import give_large_blocks_back
 from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
+from moetier.training.footprint import training_workspace_nbytes
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
 from moetier.training.proxy import give_proxies
 from moetier.training.session import TrainingSession
-
-KEPT = 16  # hidden states that a decoder layer keeps for backward, as measured: inputs of norms and projections
 
 
 def attach_training(
@@ -48,11 +48,13 @@ def attach_training(
     """
     device = one_device(model)
     assert options.train is not None
+    give_large_blocks_back()
     layouts, counts = [m.layout for m in maps], [len(m.recipes) for m in maps]
     packed = find_packed(shards, layouts, options.store)
     workload = workload_of(model, maps, options, top_k, 0, packed)
-    workload = replace(workload, workspace_nbytes=workload.workspace_nbytes + activation_nbytes(model, options.context))
     sizes = sizes_of(model, layouts, workload.slot_nbytes)
+    working = training_workspace_nbytes(model, modules, options.readers, options.context, top_k, sizes.gradients)
+    workload = replace(workload, workspace_nbytes=working)
     machine = budgets(options, device)
     division = divide(workload, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
     plan = make_plan(as_planned(workload, sizes, division), machine, division.weights)
@@ -103,14 +105,6 @@ def one_device(model: Any) -> torch.device:
             f"train: experts are trained on the CPU so far, and the model is on {device}; pass device='cpu'"
         )
     return device
-
-
-def activation_nbytes(model: Any, tokens: int) -> int:
-    """What a forward of so many tokens keeps for its backward: hidden states in every layer, and the logits."""
-    config = model.config.get_text_config()
-    itemsize: int = next(model.parameters()).dtype.itemsize
-    kept = int(config.num_hidden_layers) * int(config.hidden_size) * itemsize * KEPT
-    return tokens * (kept + 3 * 4 * int(config.vocab_size))  # logits in fp32, their softmax and their gradient
 
 
 def sizes_of(model: Any, layouts: list[RecordLayout], slot_nbytes: int) -> Sizes:

@@ -1,0 +1,23 @@
+"""The C library's allocator, told to give large blocks back.
+
+glibc raises the size from which a block is a mapping of its own whenever such a block is freed, up to 32 MiB. The
+activations of a step then come from the heap, which stays at its largest and, with holes between what lives longer,
+grows from step to step: a training loop of 4,096 tokens took 1.5 times the memory that was in use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+LARGE = 1 << 20  # bytes from which on a block is a mapping of its own
+_M_MMAP_THRESHOLD = -3  # <malloc.h>
+_VARIABLE = "MALLOC_MMAP_THRESHOLD_"
+
+
+def give_large_blocks_back() -> bool:
+    """For this process from now on. Leaves alone what the environment says; False where nothing was changed."""
+    if _VARIABLE in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
+    return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, LARGE))

@@ -1,0 +1,107 @@
+"""Accumulation, clipping, decay, auxiliary loss and checkpointing at once, at a quarter of the slots.
+
+Every step uses more experts than there are slots. `MOETIER_TRAINING_STEPS` is how many steps there are; few by default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moetier
+from training import NAME, assert_close, assert_same, batch, clip_reference, load_reference, load_trained, loop
+
+STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "3")))
+MAX_NORM = 0.5
+Get = Callable[..., Any]
+
+OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
+    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.1}),
+}
+
+
+@pytest.fixture
+def trained(checkpoint: Get, tmp_path: Path) -> Iterator[Get]:
+    """A model that trains with a quarter of the slots, of every kind."""
+    models: list[Any] = []
+
+    def get(dtype: torch.dtype = torch.float32) -> Any:
+        models.append(prepared(load_trained(checkpoint(NAME, dtype), tmp_path / str(len(models)), slots="25%")))
+        return models[-1]
+
+    yield get
+    for model in models:
+        model.moetier.close()
+
+
+def prepared(model: Any) -> Any:
+    """With checkpointing, and an auxiliary loss that counts."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.1
+    return model
+
+
+def run(model: Any, optimizer: Any, before_step: Any = None) -> list[float]:
+    return loop(model, optimizer, STEPS, accumulate=2, output_router_logits=True, before_step=before_step)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_bits_of_the_reference(kind: str, checkpoint: Get, trained: Get) -> None:
+    make, theirs, settings = OPTIMIZERS[kind]
+    model, plain = trained(), prepared(load_reference(checkpoint(NAME, torch.float32)))
+    optimizer = make(model, fused=True, max_grad_norm=MAX_NORM, **settings)
+    other = theirs(plain.parameters(), fused=True, **settings)
+    norms: list[float] = []
+    losses = run(model, optimizer)
+    assert losses == run(plain, other, lambda plain: norms.append(clip_reference(plain, MAX_NORM)))
+    assert optimizer.grad_norm == norms[-1] and max(norms) > MAX_NORM  # it was clipped
+    assert_same(model, plain)
+    engine = model.moetier.training.engine
+    assert engine.weights.host.slots == 6 and int((engine.ledger.updates > 0).sum()) > 12  # of 24 experts
+    assert engine.weights.stats()["links"]["host→disk"]["copies"] > 0  # changed experts left their slots
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_within_a_millionth_of_stock_transformers(kind: str, checkpoint: Get, trained: Get) -> None:
+    make, theirs, settings = OPTIMIZERS[kind]
+    model = trained()
+    plain = prepared(load_reference(checkpoint(NAME, torch.float32), implementation="grouped_mm"))
+    optimizer = make(model, max_grad_norm=MAX_NORM, **settings)
+    other = theirs(plain.parameters(), **settings)
+    losses = run(model, optimizer)
+    clip = lambda plain: torch.nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM)  # noqa: E731
+    assert losses == pytest.approx(run(plain, other, clip), rel=1e-6)
+    if kind != "adamw":  # there, the sign of a gradient of nearly nothing decides about a whole step
+        assert_close(model, plain, 1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -> None:
+    """The same recipe in memory: weights of bf16, all else of fp32. One backward a step: bf16 sums would differ."""
+    make, theirs, settings = OPTIMIZERS[kind]
+    model, plain = trained(torch.bfloat16), prepared(load_reference(checkpoint(NAME, torch.bfloat16)))
+    optimizer = make(model, fused=True, **settings)
+    own = list(plain.parameters())
+    masters = [p.detach().float().requires_grad_() for p in own]
+    other = theirs(masters, fused=True, **settings)
+    losses: list[float] = []
+    with torch.enable_grad():
+        for step in STEPS:
+            loss = plain(**batch(step), use_cache=False, output_router_logits=True).loss
+            loss.backward()
+            losses.append(loss.item())
+            for p, master in zip(own, masters, strict=True):
+                assert p.grad is not None
+                master.grad, p.grad = p.grad.float(), None
+            other.step()
+            for p, master in zip(own, masters, strict=True):
+                p.data.copy_(master.data)
+    assert loop(model, optimizer, STEPS, output_router_logits=True) == losses
+    assert_same(model, plain)
