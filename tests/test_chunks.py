@@ -328,3 +328,11 @@ def test_the_clocks_and_a_timeline_see_slices(load: Callable[..., Any]) -> None:
     phase = stats["phases"]["prefill"]
     assert phase["wait"] == pytest.approx(stats["seconds"]["wait"])
     assert phase["io"] > 0 and phase["exposed"] <= phase["wait"] <= phase["run"]
+
+
+def test_backward_needs_a_slot(load: Callable[..., Any]) -> None:
+    model = load()
+    with torch.enable_grad():
+        loss = model(input_ids=torch.tensor([[5, 6, 7]])).logits.sum()
+        with pytest.raises(CapacityError, match="backward needs a slot for a whole expert"):
+            loss.backward()

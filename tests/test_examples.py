@@ -24,6 +24,6 @@ def test_train_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     run(monkeypatch, "train_loop.py", "--run", folder, "--steps", "10")
     run(monkeypatch, "train_loop.py", "--run", folder, "--steps", "30", "--save", saved)
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
-    assert len(losses) == 3 and losses[2] < losses[0] - 1  # ten steps, then twenty more
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]  # ten steps, then twenty more
     run(monkeypatch, "train_loop.py", saved, "--run", str(tmp_path / "again"), "--steps", "1")
-    assert float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0]) < losses[1]
+    assert float(re.findall(r"loss ([\d.]+)", capsys.readouterr().out)[0]) < losses[0]  # it has learnt

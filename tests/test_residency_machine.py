@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moetier.access import Access, ExpertKey, Phase
+from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.errors import CapacityError
 from moetier.eventlog import Recorder, replay
 from moetier.misses import Miss
 from moetier.policies import ADMISSIONS
 from moetier.residency import Residency
-from moetier.tiers import HOMEWARD, Copy, Kind, Place, State, Ticket, TierConfig
+from moetier.tiers import HOMEWARD, Copy, Entry, Kind, Place, State, Ticket, TierConfig
 from prepared import ONLINE
 
 LAYERS, EXPERTS = 3, 4
@@ -111,10 +111,12 @@ class Run:
         self.live: list[Ticket] = []
         self.held: list[tuple[Ticket, ExpertKey]] = []  # popped from ready, not released
 
-    def acquire(self, layer: int, experts: Iterable[int], phase: Phase, writes: bool = True) -> None:
+    def acquire(
+        self, layer: int, experts: Iterable[int], phase: Phase, writes: bool = True, part: Part = Part.SERVE
+    ) -> None:
         self.time += 1
         keys = tuple(ExpertKey(layer, expert) for expert in sorted(experts))
-        access = Access(self.time, layer, keys, phase=phase, writes=writes)
+        access = Access(self.time, layer, keys, phase=phase, writes=writes, part=part)
         needed_here = {key for key in access.keys if key in self.core.residents()}
         ticket = self.core.acquire(access)
         assert needed_here <= ticket.leased, "a resident that the access needs was not leased"
@@ -148,7 +150,14 @@ class Run:
     def prefetch(self, key: ExpertKey, displace: bool, staged: bool) -> None:
         before = self.core.residents()
         core = self.core.core
-        new = {key for key, entry in core._top.entries.items() if entry.leases or entry.round == core._round}
+        ahead = {Part.FORWARD: 1, Part.BACKWARD: -1}.get(core._last.part)
+
+        def kept(key: ExpertKey, entry: Entry) -> bool:
+            if entry.leases or ahead is None:
+                return bool(entry.leases) or entry.round == core._round
+            return entry.prefetched or key.layer == core._last.layer + ahead  # the pass has done with the others
+
+        new = {key for key, entry in core._top.entries.items() if kept(key, entry)}
         accepted = self.core.prefetch(key, displace, staged)
         after = self.core.residents()
         assert (displace and not staged) or before <= after, "a prefetch displaced something"
@@ -158,7 +167,7 @@ class Run:
 
     def withdraw(self, random: Random) -> None:
         """What a mover does with the copies that nobody wants: it may have begun them, or not."""
-        obsolete = [copy_id for copy_id in self.core.obsolete if copy_id in self.memory.flights]
+        obsolete = [copy_id for copy_id in dict.fromkeys(self.core.obsolete) if copy_id in self.memory.flights]
         self.core.obsolete.clear()
         for copy_id in obsolete:
             if random.random() < 0.7:
@@ -278,9 +287,10 @@ class CoreMachine(RuleBasedStateMachine):
         experts=st.sets(st.integers(0, EXPERTS - 1)),
         phase=st.sampled_from(Phase),
         writes=st.booleans(),
+        part=st.sampled_from(Part),
     )
-    def acquire(self, layer: int, experts: set[int], phase: Phase, writes: bool) -> None:
-        self.run.acquire(layer, experts, phase, writes)
+    def acquire(self, layer: int, experts: set[int], phase: Phase, writes: bool, part: Part) -> None:
+        self.run.acquire(layer, experts, phase, writes, part)
 
     @precondition(lambda self: any(ticket.ready for ticket in self.run.live))
     @rule(data=st.data())
@@ -386,7 +396,8 @@ def random_step(run: Run, random: Random) -> None:
     if kind == "acquire" and len(run.live) < 3:
         layer = key.layer if random.random() < 0.5 else run.time % LAYERS
         experts = random.sample(range(EXPERTS), random.randint(1, EXPERTS))
-        run.acquire(layer, experts, random.choice(list(Phase)), random.random() < 0.6)
+        part = random.choice(list(Part)) if random.random() < 0.5 else Part.SERVE
+        run.acquire(layer, experts, random.choice(list(Phase)), random.random() < 0.6, part)
     elif kind == "use" and ready:
         run.use(random.choice(ready))
     elif kind == "release" and run.held:

@@ -15,9 +15,11 @@ from moetier.access import ExpertKey
 from moetier.saving import save_streaming
 from moetier.stores import ExpertStore
 from moetier.stores.diskio import aligned_buffer
+from moetier.stores.opening import original_shards
 from moetier.stores.runfamily import RunFamily
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.shards import Shards
+from packs import packed
 from test_saving import LAYOUTS
 
 Get = Callable[..., Any]
@@ -95,6 +97,23 @@ def test_in_the_dtype_that_was_trained(name: str, checkpoint: Get, tiered: Get, 
     fields = {field.name for layer in model.moetier.layers for field in layer.layout.fields}
     for tensor, value in expected(before, fields).items():
         assert state[tensor].dtype == torch.float32 and torch.equal(state[tensor], value), tensor
+
+
+def test_a_model_of_a_packed_store_alone(checkpoint: Get, plain: Get, tiered: Get, tmp_path: Path) -> None:
+    """Its checkpoint is gone; what a run made of it can be saved all the same."""
+    packed(checkpoint("gpt_oss"), tmp_path / "packed", "gpt_oss")
+    model = tiered(tmp_path / "packed", model_class=family_class("gpt_oss"))
+    assert model.moetier.cache.store.kind == "packed"
+    shards = original_shards(tmp_path / "packed")
+    assert shards.witness() == Shards.open(checkpoint("gpt_oss")).witness()
+    run, store = changed(model, tmp_path / "run")
+    save_streaming(model, shards, model.moetier.layers, lambda: store)
+    model.save_pretrained(tmp_path / "out")
+    run.close()
+    state = family_class("gpt_oss").from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    fields = {field.name for layer in model.moetier.layers for field in layer.layout.fields}
+    for tensor, value in expected(plain("gpt_oss"), fields).items():
+        assert torch.equal(state[tensor], value), tensor
 
 
 def test_a_damaged_record_is_not_saved(checkpoint: Get, tiered: Get, tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from training import (
     load_trained,
     loop,
     model_class,
+    trained_experts,
 )
 
-STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "6")))
+STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "4")))
 Get = Callable[..., Any]
 
 OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -61,7 +62,7 @@ def pair(checkpoint: Get, model: Any, kind: str, **options: Any) -> tuple[Any, A
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_plain_loop(kind: str, checkpoint: Get, trained: Get) -> None:
-    model = trained()
+    model = trained(slots=1 if kind == "momentum" else 6)
     optimizer, other, plain = pair(checkpoint, model, kind)
     assert loop(model, optimizer, STEPS) == loop(plain, other, STEPS)
     assert_same(model, plain)
@@ -105,6 +106,18 @@ def test_updates_in_backward(checkpoint: Get, trained: Get) -> None:
     assert loop(model, optimizer, STEPS) == loop(plain, other, STEPS)
     assert_same(model, plain)
     assert model.moetier.training.engine.gradients.cache.stats()["tiers"][0]["misses"] == [0, 0, 0]
+
+
+def test_clipping_by_expert_needs_no_waiting(trained: Get) -> None:
+    found = []
+    for update in ("step", "backward"):
+        model = trained()
+        optimizer = moetier.SGD(model, lr=0.05, max_grad_norm=0.5, clip="per-expert", update=update)
+        losses = loop(model, optimizer, STEPS)
+        experts = {f"{key} {name}": t for key, fs in trained_experts(model).items() for name, t in fs.items()}
+        found.append((losses, experts | {name: p.data for name, p in model.named_parameters()}))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
 
 
 def test_updates_in_backward_refuse_what_needs_to_wait(trained: Get) -> None:
@@ -236,3 +249,18 @@ def test_experts_without_an_optimizer_are_not_trained_in_silence(trained: Get) -
     model = trained()
     with torch.enable_grad(), pytest.raises(moetier.ConfigError, match="have gradients but no optimizer"):
         model(**batch(0), use_cache=False).loss.backward()
+
+
+def test_memory_is_divided_out_of_one_budget(checkpoint: Get, trained: Get) -> None:
+    with pytest.raises(moetier.CapacityError, match=r"the minimum is .* \((\d+) bytes\)") as refused:
+        trained(slots=None, host_memory="1MiB")
+    least = int(str(refused.value).partition("(")[2].partition(" ")[0])
+    for budget in (least, least + 500_000):
+        model = trained(slots=None, host_memory=budget)
+        optimizer, other, plain = pair(checkpoint, model, "adamw")
+        engine = model.moetier.training.engine
+        slots = [cache.host.slots for cache in (engine.weights, engine.gradients.cache, engine.applied.state)]
+        assert len(set(slots)) == 1 and (slots[0] == 1) == (budget == least)
+        assert model.moetier.plan.host_total_nbytes <= budget
+        assert loop(model, optimizer, range(1)) == loop(plain, other, range(1))
+        assert_same(model, plain)

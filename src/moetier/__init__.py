@@ -15,6 +15,7 @@ from moetier.errors import (
     CheckpointError,
     ConfigError,
     MoetierError,
+    StaleGraphError,
     StoreError,
     UnsupportedModelError,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Residency",
+    "StaleGraphError",
     "StoreError",
     "TierConfig",
     "TieredExpertsConfig",

@@ -52,8 +52,9 @@ class Zigzag(Ranked):
     def on_access(self, access: Access) -> None:
         """Where the step is, and what it used."""
         part, layer = access.part, access.layer
-        if part is Part.UPDATE and (self._part, layer) in ((Part.FORWARD, self._layer + 1), (DOWN, self._layer)):
-            return  # in passing: an expert that was idle catches up, or is updated by its backward
+        here = {Part.FORWARD: self._layer + 1, DOWN: self._layer or None}  # where an update is none of a pass:
+        if part is Part.UPDATE and layer == here.get(self._part):
+            return  # an expert that was idle catches up, or one is updated by its very backward
         ids = [layer * self._experts + key[1] for key in access.keys]
         stays = (part, layer) == (self._part, self._layer) and part > Part.FORWARD  # a forward asks for a layer once
         if not stays:

@@ -77,7 +77,7 @@ def original_shards(folder: Path) -> Shards:
     """The checkpoint that a packed store was made from, known by its headers. Raises `StoreError`."""
     index = PackedIndex.load(folder)
     files = [(folder / name, folder / SHARDS / f"{name}.header", nbytes) for name, nbytes in original_files(folder)]
-    return Shards.from_headers(files, index.fingerprint)
+    return Shards.from_headers(files, index.fingerprint, index.witness)
 
 
 def original_files(folder: Path) -> list[tuple[str, int]]:

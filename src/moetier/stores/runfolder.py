@@ -52,7 +52,7 @@ class RunFolder:
         try:
             with _explained(folder, "the run cannot be opened"):
                 self._steps = Steps(folder, self._free)
-                self._at = self._steps.choose(step)
+                self._steps.choose(step)
                 if write:
                     self._steps.clear()
                     for path in folder.glob(".scratch-*.bin"):  # of a process that was killed while it made one
@@ -194,7 +194,7 @@ class RunFolder:
                     self._free(tables)
                 raise
             with _explained(self.folder, f"step {step} could not be committed"):
-                self._at = self._steps.publish(step, tables, extra, attachments)
+                self._steps.publish(step, tables, extra, attachments)
             if self.keep is not None:
                 self._steps.remove(self._steps.whole[: -self.keep])
 
@@ -211,7 +211,7 @@ class RunFolder:
         self._check_writable()
         with self._committing:
             for name, records in self._families.items():
-                table = None if self._at is None else self._at.families.get(name)
+                table = None if self._steps.at is None else self._steps.at.families.get(name)
                 records.reset({} if table is None else table.records)
 
     # -- steps ---------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class RunFolder:
     @property
     def step(self) -> int | None:
         """The step that the run goes on from: the last one committed, or the one it was opened at. None: none yet."""
-        return None if self._at is None else self._at.step
+        return None if self._steps.at is None else self._steps.at.step
 
     def steps(self) -> list[int]:
         """All steps that can be opened, ascending."""
@@ -241,7 +241,7 @@ class RunFolder:
         """Remove a step; what only it held is free. The one that the run goes on from cannot be dropped."""
         self._check_writable()
         manifest = self._step(step)
-        if manifest is self._at:
+        if manifest is self._steps.at:
             raise ConfigError(f"step: {step} is the one that the run goes on from; commit another one first")
         with self._committing:
             self._steps.remove([manifest])
@@ -289,7 +289,7 @@ class RunFolder:
             for name, table in manifest.families.items():
                 tables.setdefault(name, []).append(table)
         for name, found in tables.items():
-            own = self._at.families.get(name) if self._at is not None else None
+            own = self._steps.at.families.get(name) if self._steps.at is not None else None
             if not (self.folder / _file_name(name)).is_file():
                 raise StoreError(f"{self.folder / _file_name(name)}: missing; restore it")
             records = self._records(name, own or found[-1])

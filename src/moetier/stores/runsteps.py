@@ -102,6 +102,7 @@ class Steps:
     def __init__(self, folder: Path, free: Callable[[Tables], None]):
         self.folder = folder / STEPS
         self.whole: list[Manifest] = []
+        self.at: Manifest | None = None  # the step that the run goes on from
         self.damaged: dict[tuple[int, int], StoreError] = {}  # sequence, step
         self._free = free
         self._left: list[Manifest] = []  # to be hidden: of a past that was left, or a rename failed
@@ -126,8 +127,8 @@ class Steps:
             else:
                 self.whole.insert(0, manifest)
 
-    def choose(self, step: int | None) -> Manifest | None:
-        """The step to go on from: `step`, or the last one; None where there is none yet.
+    def choose(self, step: int | None) -> None:
+        """Go on from `step`, or from the last one; from none where there is none yet.
 
         Raises `ConfigError` for a step that is not there, `StoreError` where it, or the last one, is damaged.
         """
@@ -137,9 +138,10 @@ class Steps:
                 raise StoreError(
                     f"{error}; restore it, or go on from another step (there are: {self._there()})"
                 ) from error
-        if step is None:
-            return self.whole[-1] if self.whole else None
-        return self.find(step)
+        if step is not None:
+            self.at = self.find(step)
+        elif self.whole:
+            self.at = self.whole[-1]
 
     def find(self, step: int) -> Manifest:
         """A step that is there, else `ConfigError`."""
@@ -178,7 +180,7 @@ class Steps:
         sync_folder(self.folder)
         self._forget_hidden()
 
-    def publish(self, step: int, tables: Tables, extra: object, attachments: Mapping[str, Writer]) -> Manifest:
+    def publish(self, step: int, tables: Tables, extra: object, attachments: Mapping[str, Writer]) -> None:
         """Make a step; all that `tables` name is on the disk. It is the last one when this returns.
 
         On errors `tables` are freed, now or when it is certain that the disk does not name them.
@@ -205,13 +207,12 @@ class Steps:
             raise
         self._forget_hidden()
         replaced = [item for item in self.whole if item.step >= step]
-        self.whole = [item for item in self.whole if item.step < step] + [manifest]
+        self.whole, self.at = [item for item in self.whole if item.step < step] + [manifest], manifest
         broken = [numbers for numbers in self.damaged if numbers[1] >= step]
         for sequence, number in broken:
             replaced.append(Manifest(number, sequence, {}))
             del self.damaged[sequence, number]
         self.remove(replaced)
-        return manifest
 
     def remove(self, manifests: Iterable[Manifest]) -> None:
         """Steps that are wanted no more. What cannot be removed now stays on the disk until the next time."""

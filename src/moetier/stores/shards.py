@@ -64,12 +64,14 @@ class TensorEntry:
 class Shards:
     """The files of a checkpoint and the tensors in them, by name.
 
-    `known` is the fingerprint where the files themselves are not there: those of a packed store's checkpoint.
+    `known` and `seen` are fingerprint and witness where the files themselves are not there: those of a packed store's
+    checkpoint.
     """
 
     files: tuple[Path, ...]
     tensors: dict[str, TensorEntry]
     known: str = ""
+    seen: str = ""
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -103,7 +105,7 @@ class Shards:
         return shards
 
     @classmethod
-    def from_headers(cls, files: Sequence[tuple[Path, Path, int]], fingerprint: str) -> Shards:
+    def from_headers(cls, files: Sequence[tuple[Path, Path, int]], fingerprint: str, witness: str) -> Shards:
         """A checkpoint whose files are not there: (file as it was called, file with its header, its size in bytes)."""
         tensors: dict[str, TensorEntry] = {}
         for number, (_, kept, size) in enumerate(files):
@@ -113,7 +115,7 @@ class Shards:
                 raise CheckpointError(f"{kept}: damaged: not the header of a safetensors file")
             header = _parse(kept, raw[8:], "the header")
             tensors |= {entry.name: entry for entry in _entries(kept, number, header, len(raw), size)}
-        return cls(tuple(path for path, _, _ in files), tensors, fingerprint)
+        return cls(tuple(path for path, _, _ in files), tensors, fingerprint, witness)
 
     @classmethod
     def from_files(cls, files: Sequence[Path]) -> Shards:
@@ -149,6 +151,8 @@ class Shards:
 
         A change that touches less than a 64th of a file may go unseen. Raises `StoreError` as reads do.
         """
+        if self.known:
+            return self.seen
         digest = hashlib.sha256()
         sample = memoryview(bytearray(_SAMPLE))
         for path in self.files:

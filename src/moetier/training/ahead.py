@@ -32,7 +32,12 @@ class StepAhead:
         self._prefill = StreamAhead(core, experts)
         self._next: list[ExpertKey] = []  # to look at, the first one last
         self._started: set[ExpertKey] = set()  # and not demanded yet
-        self.issued = 0
+        self._issued = 0
+
+    @property
+    def issued(self) -> int:
+        """Loads that were begun, in prefills and in training steps."""
+        return self._issued + self._prefill.issued
 
     def demanded(self, access: Access) -> None:
         """After `acquire`: what was loaded for it has been found, or will not be wanted. The next one begins."""
@@ -73,5 +78,5 @@ class StepAhead:
                 if not self._core.prefetch(key, displace=True):
                     return
                 self._started.add(key)
-                self.issued += 1
+                self._issued += 1
             self._next.pop()

@@ -87,6 +87,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         Raises `StoreError` where experts cannot be read or written; the last checkpoint stays as it is.
         """
         self._session.check_step()
+        self._engine.check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
