@@ -80,7 +80,9 @@ def take_turns(load: Any, windows: Sequence[Sequence[int]], settings: Sequence[A
         readings += [Reading(models.enter_context(load(levers)), levers, windows) for levers in settings]
         speeds: list[list[float]] = [[] for _ in readings]
         rounds = 0
-        for ids in windows:
+        for number, ids in enumerate(windows):
+            if number % 6 == 0 < number:
+                say(f"{number} of {len(windows)} texts")
             for reading in readings:
                 reading.begin()
             for begin in range(0, len(ids), turn):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import moetier
 from moetier.profile import Profile
 from packs import sums
 from test_cli import FAST, NAME, PROMPT, call, said, tokenizer
@@ -128,3 +129,50 @@ def test_the_hub_needs_a_place(monkeypatch: pytest.MonkeyPatch, model: Path) -> 
 
     monkeypatch.setattr(moetier.loading, "resolve", lambda name, **options: model)
     assert "comes from the hub; give OUT" in said(call("pack", "owner/name", code=2))
+
+
+def test_headers_are_read_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the library and by every command that loads a model, checkpoint or packed store."""
+    from moetier.stores import shards
+
+    read: list[str] = []
+    entries = shards._entries
+
+    def count(path: Path, *rest: Any) -> Any:
+        read.append(path.name)
+        return entries(path, *rest)
+
+    monkeypatch.setattr(shards, "_entries", count)
+    store = model.with_name("model.moetier")
+
+    def counted(expected: int, command: str, where: Path, *arguments: object) -> None:
+        read.clear()
+        call(command, where, *arguments)
+        assert len(read) == expected, (command, where.name, read)
+
+    text = model.with_name("text.txt")
+    text.write_text("Once upon a time")
+    files = len(list(model.glob("*.safetensors")))
+    counted(files, "pack", model)
+    for folder, options in ((model, ("--store", "none")), (model, ()), (store, ())):
+        counted(files, "run", folder, PROMPT, "--greedy", *FAST, *options)
+        counted(files, "eval", folder, "--text", text, "--tokens", 4, "--slots", 8, "--try", "max_rank=4", *options)
+        counted(files, "plan", folder, *options)
+        read.clear()
+        moetier.from_pretrained(folder, slots=6, context=64, store=options[1] if options else None).moetier.close()
+        assert len(read) == files
+    counted(files, "verify", store, model)
+
+
+def test_headers_of_other_files_are_not_taken_over(model: Path, tmp_path: Path) -> None:
+    """What was validated counts for these very files only."""
+    from moetier.loading import checked
+    from moetier.stores.opening import shards_of
+
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    known = checked(model).shards
+    files = sorted(model.glob("*.safetensors"))
+    assert shards_of(files, known) is known
+    fresh = shards_of([other / file.name for file in files], known)
+    assert fresh is not known and fresh.files[0].parent == other
+    assert moetier.from_pretrained(checked(model), slots=6).moetier.cache.store.folder == model

@@ -186,6 +186,14 @@ def test_a_second_tier_saves_disk_reads() -> None:
     assert (two.tokens_per_second or 0) > (one.tokens_per_second or 0)
 
 
+def test_two_tiers_keep_an_expert_once_as_in_a_run() -> None:
+    """Together the two have room for nearly all experts; each of its own accord, for those of the larger one."""
+    work = from_trace(trace())
+    found = forecast(work, 48, NBYTES, MACHINE, host_slots=72)
+    alone = [configure(slots, RECORDS, LAYERS, TOP_K) for slots in (48, 72)]
+    assert found.loads_per_token < 0.7 * serve(work, alone, MACHINE).loads / work.tokens
+
+
 def test_what_counts_of_a_trace() -> None:
     part = trace(100)
     work = from_trace(part, tokens=60, warm_up=0.5)

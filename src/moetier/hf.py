@@ -52,6 +52,7 @@ class TieredExpertsConfig(QuantizationConfigMixin):  # type: ignore[misc]
             known = ", ".join(Options.__dataclass_fields__)
             raise ConfigError(f"TieredExpertsConfig: {error}; known options: {known}") from None
         self.options.check()
+        self.shards: Shards | None = None  # what the caller has read of the checkpoint already
 
     def to_dict(self) -> dict[str, Any]:
         """The options as a plain dictionary."""
@@ -110,6 +111,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: TieredExpertsConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.options = quantization_config.options
+        self._known_shards = quantization_config.shards
         self._cores = CoreWatch()
         self._modules: list[tuple[str, Any]] = []
         self._maps: list[LayerMap] = []
@@ -129,7 +131,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         if not checkpoint_files or not all(str(file).endswith(".safetensors") for file in checkpoint_files):
             raise ConfigError("moetier reads safetensors checkpoints only; pass the folder or hub id of one")
         self._modules = find_experts(model)
-        self._shards = shards_of([Path(file) for file in checkpoint_files])
+        self._shards = shards_of([Path(file) for file in checkpoint_files], self._known_shards)
         self._maps, self._top_k = map_experts(model, self._modules, self._shards, dtype)
         detach_experts(model, self._modules)
         self._kv_nbytes = kv_nbytes(model, self.options.context)

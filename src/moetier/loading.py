@@ -30,7 +30,7 @@ _LOADER_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, Attrib
 
 
 def from_pretrained(
-    model: str | Path,
+    model: str | Path | CheckedFolder,
     *,
     device_memory: str | int | None = None,
     host_memory: str | int | None = None,
@@ -43,7 +43,8 @@ def from_pretrained(
     """Load a Mixture-of-Experts model with its experts out of core.
 
     Args:
-        model: a folder with a safetensors checkpoint, the id of one on the Hugging Face hub, or a packed store.
+        model: a folder with a safetensors checkpoint, the id of one on the Hugging Face hub, or a packed store; or such
+            a folder that `moetier.loading.checked` has validated, whose headers are then not read again.
         device_memory: GPU memory the run may take ("8GiB"); by default 80 % of what is free. Ignored without a GPU.
         host_memory: host memory the run may take beside the interpreter's own; by default 80 % of what is free.
         slots: size of the fastest tier as a number of experts or a share ("25%"); overrides its memory budget.
@@ -75,8 +76,8 @@ def from_pretrained(
     if torch.device(device).type != "cpu":
         kwargs.setdefault("device_map", {"": torch.device(device)})
     hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
-    folder = resolve(model, **hub)
-    check_folder(folder)
+    found = model if isinstance(model, CheckedFolder) else checked(resolve(model, **hub))
+    folder, config.shards = found.path, found.shards
     wants_info = kwargs.pop("output_loading_info", False)
     try:
         if (folder / INDEX).is_file():
@@ -128,7 +129,23 @@ def resolve(model: str | Path, **hub: Any) -> Path:
         ) from error
 
 
-def inspect(folder: Path, options: Options, device: torch.device | None = None, **kwargs: Any) -> Plan:
+@dataclass(frozen=True)
+class CheckedFolder:
+    """A local model folder that `check_folder` has found good, with what it has read of the headers."""
+
+    path: Path
+    shards: Shards
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+def checked(folder: Path | CheckedFolder) -> CheckedFolder:
+    """Validate a local model folder, once. Raises what `check_folder` raises."""
+    return folder if isinstance(folder, CheckedFolder) else CheckedFolder(folder, check_folder(folder))
+
+
+def inspect(folder: Path | CheckedFolder, options: Options, device: torch.device | None = None, **kwargs: Any) -> Plan:
     """The memory plan of a model without loading a weight: headers, shapes and arithmetic.
 
     Raises what `from_pretrained` would raise, but a budget below the minimum is a status of the plan.
@@ -153,21 +170,25 @@ class Skeleton:
 
 
 def skeleton(
-    folder: Path, dtype: torch.dtype | None = None, model_class: Any = AutoModelForCausalLM, **kwargs: Any
+    folder: Path | CheckedFolder,
+    dtype: torch.dtype | None = None,
+    model_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
 ) -> Skeleton:
     """Build a model on the meta device and map its experts; `dtype` None is what the config says.
 
     Raises `CheckpointError`, `UnsupportedModelError`, `ConfigError` as `from_pretrained` does.
     """
-    shards = check_folder(folder)
+    known = checked(folder)
+    shards = known.shards
     try:
-        config = AutoConfig.from_pretrained(folder, **kwargs)
+        config = AutoConfig.from_pretrained(known.path, **kwargs)
         dtype = dtype or getattr(config, "dtype", None) or _stored_dtype(shards)
         with torch.device("meta"):
             make = getattr(model_class, "from_config", None) or model_class._from_config
             model = make(config, dtype=dtype, **kwargs)
     except _LOADER_ERRORS as error:
-        raise translate(error, folder) from error
+        raise translate(error, known.path) from error
     modules = find_experts(model)
     maps, top_k = map_experts(model, modules, shards, dtype)
     return Skeleton(model, modules, shards, maps, top_k)
@@ -229,7 +250,7 @@ def _check_values(path: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: has a value that cannot be used: {text}; download the file again") from error
 
 
-def translate(error: Exception, model: str | Path) -> MoetierError:
+def translate(error: Exception, model: str | Path | CheckedFolder) -> MoetierError:
     """An error of the loader as one of moetier's, keeping its first lines."""
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())[:600]
     if "trust_remote_code" in text:

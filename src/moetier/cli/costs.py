@@ -6,7 +6,6 @@ In the JSON it is the key `calibration`, with the fields of `moetier.calibration
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,11 +16,12 @@ from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.plan import Plan, format_size
 
 if TYPE_CHECKING:
+    from moetier.loading import CheckedFolder
     from moetier.options import Options
 
 
 def measure_costs(
-    plan: Plan, folder: Path, options: Options, arguments: dict[str, Any], verbose: bool, console: Console
+    plan: Plan, folder: CheckedFolder, options: Options, arguments: dict[str, Any], verbose: bool, console: Console
 ) -> dict[str, Any]:
     """Load the model with the plan's slots, and measure."""
     chosen = {name: getattr(options, name) for name in options.__dataclass_fields__} | arguments

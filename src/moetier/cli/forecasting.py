@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -35,6 +34,7 @@ from moetier.plan import Plan, format_size, parse_slots
 from moetier.profile import Profile
 
 if TYPE_CHECKING:
+    from moetier.loading import CheckedFolder
     from moetier.options import Options
     from moetier.trace import Trace
 
@@ -120,7 +120,7 @@ def slots_of(budgets: str | None, plan: Plan) -> list[int]:
 
 
 def make_forecast(
-    asked: Asked, plan: Plan, folder: Path, options: Options, arguments: dict[str, Any], console: Console
+    asked: Asked, plan: Plan, folder: CheckedFolder, options: Options, arguments: dict[str, Any], console: Console
 ) -> dict[str, Any]:
     """Measure, simulate, and run for real, as asked. `options` are those of the plan, `arguments` of the loader."""
     routing = Routing(asked, plan)
@@ -186,7 +186,7 @@ def _can_replay(trace: Trace) -> None:
 def _measure(
     routing: Routing,
     plan: Plan,
-    folder: Path,
+    folder: CheckedFolder,
     options: Options,
     arguments: dict[str, Any],
     verbose: bool,
@@ -205,7 +205,7 @@ def _measure(
 
 def _run(
     routing: Routing,
-    folder: Path,
+    folder: CheckedFolder,
     options: Options,
     arguments: dict[str, Any],
     slots: int,
@@ -229,7 +229,7 @@ def _arguments(options: Options, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _splits(
-    plan: Plan, folder: Path, options: Options, arguments: dict[str, Any], at: Callable[[int], Forecast]
+    plan: Plan, folder: CheckedFolder, options: Options, arguments: dict[str, Any], at: Callable[[int], Forecast]
 ) -> list[Split]:
     """The memory divided between context and slots; nothing where slots were given, or everything fits anyway."""
     if options.slots is not None:

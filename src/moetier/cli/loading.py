@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from moetier.errors import CheckpointError, ConfigError
 from moetier.threads import CoreWatch, check_threads, delayed
 
 if TYPE_CHECKING:
+    from moetier.loading import CheckedFolder
     from moetier.options import Options
 
 
@@ -64,24 +64,23 @@ def unused_on_cpu(device: str | None, options: Options) -> list[str]:
     return [f"{name} is not used: the model computes on the CPU" for name, said in given.items() if said]
 
 
-def find(model: str, revision: str | None, console: Console) -> Path:
+def find(model: str, revision: str | None, console: Console) -> CheckedFolder:
     """The folder of a model, checked before anything is loaded from it."""
-    from moetier.loading import check_folder, resolve
+    from moetier.loading import checked, resolve
 
     folder = resolve(model, **({"revision": revision} if revision else {}))
     with console.status("reading headers"):
-        check_folder(folder)
-    return folder
+        return checked(folder)
 
 
-def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(folder: CheckedFolder, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     from moetier.loading import translate
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever the parser of a damaged file raises
         told = translate(error, folder)
         if isinstance(told, ConfigError):
@@ -91,7 +90,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 @contextmanager
-def loaded(folder: Path, console: Console, verbose: bool, **options: Any) -> Iterator[Any]:
+def loaded(folder: CheckedFolder, console: Console, verbose: bool, **options: Any) -> Iterator[Any]:
     """The model, closed at the end; says so where it has more threads than cores.
 
     Raises what `moetier.from_pretrained` raises.

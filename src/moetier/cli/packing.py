@@ -24,6 +24,7 @@ from moetier.errors import ConfigError, StoreError
 from moetier.plan import format_size
 
 if TYPE_CHECKING:
+    from moetier.loading import CheckedFolder
     from moetier.packing import Checkpoint
 
 _Store = Annotated[str, typer.Argument(help="The folder of a packed store.", metavar="STORE")]
@@ -71,7 +72,7 @@ def pack(
     checkpoint = _map(folder, dtype, trust_remote_code, verbose, console)
     counts = [len(m.recipes) for m in checkpoint.maps]
     known = load_profile(profile, len(counts), max(counts), checkpoint.shards.fingerprint()) if profile else None
-    target = beside(folder) if out is None else Path(out).expanduser()
+    target = beside(folder.path) if out is None else Path(out).expanduser()
     begin = time.perf_counter()
     with _bar(console, "packing") as progress:
         packed = make(checkpoint, target, profile=known, again=replace, progress=progress)
@@ -185,7 +186,7 @@ def unpack(
     print(f"{out}: {len(files)} files, {format_size(nbytes)}, as they were packed")
 
 
-def _map(folder: Path, dtype: str, trust_remote_code: bool, verbose: bool, console: Console) -> Checkpoint:
+def _map(folder: CheckedFolder, dtype: str, trust_remote_code: bool, verbose: bool, console: Console) -> Checkpoint:
     from moetier.packing import Checkpoint
 
     extra: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}

@@ -105,7 +105,7 @@ def record(
     with loaded(folder, console, verbose, **arguments) as lm:
         texts = [Text(Path(path).name, content) for path, content in zip(text, contents, strict=True)]
         with _bar(console, len(texts) * tokens) as advance:
-            name = folder.name if Path(model).is_dir() else model
+            name = folder.path.name if Path(model).is_dir() else model
             trace = record_texts(lm, tokenizer, texts, how, name=name, progress=advance)
     write_trace(trace, output)
     cut = [item["name"] for item in trace.info.sequences if item["tokens"] < tokens]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from moetier.stores.packed_index import INDEX, RESIDENT, PackedIndex, Record, ch
 from moetier.stores.packed_sources import LayerSources, sources_of, uncovered
 from moetier.stores.shards import Shards
 
+if TYPE_CHECKING:
+    from moetier.loading import CheckedFolder
+
 THREADS = 4
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -46,19 +49,20 @@ class Checkpoint:
     dtype: str  # as asked for: auto, float32, …
 
     @classmethod
-    def open(cls, folder: Path, dtype: str = "auto", **options: Any) -> Checkpoint:
+    def open(cls, folder: Path | CheckedFolder, dtype: str = "auto", **options: Any) -> Checkpoint:
         """Find the experts of a local model folder; no weight is loaded. `options` go to `moetier.loading.skeleton`.
 
         Raises what `moetier.from_pretrained` raises for the checkpoint, and `ConfigError` for a packed store.
         """
-        from moetier.loading import skeleton
+        from moetier.loading import CheckedFolder, skeleton
 
-        if is_store(folder):
+        path = folder.path if isinstance(folder, CheckedFolder) else folder
+        if is_store(path):
             raise ConfigError(
-                f"{folder}: is a packed store itself; give the checkpoint (`moetier unpack` makes it again)"
+                f"{path}: is a packed store itself; give the checkpoint (`moetier unpack` makes it again)"
             )
         made = skeleton(folder, None if dtype == "auto" else getattr(torch, dtype), **options)
-        return cls(folder, made.shards, made.maps, dtype)
+        return cls(path, made.shards, made.maps, dtype)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from moetier.errors import StoreError
 from moetier.packing.draft import contents_of
 from moetier.packing.workers import in_parallel
 from moetier.stores.checkpoint import CheckpointStore, IOMode
-from moetier.stores.diskio import DiskFile, aligned_buffer
+from moetier.stores.diskio import aligned_buffer
+from moetier.stores.packed import PackedStore
 from moetier.stores.packed_index import PackedIndex, checksum
 
 THREADS = 4
@@ -40,22 +41,15 @@ class Reader:
     def __init__(self, index: PackedIndex, io: IOMode = "auto"):
         self.index = index
         self._local = threading.local()
-        self._files: list[DiskFile] = []
-        try:
-            for name, _ in index.files:
-                self._files.append(DiskFile(index.folder / name, io))
-        except BaseException:
-            self.close()
-            raise
+        self._store = PackedStore(index, io)
 
     def region(self, key: ExpertKey) -> memoryview:
         """A record's pages, valid until this thread asks for the next ones. Raises `StoreError` if they are damaged."""
         if not hasattr(self._local, "buffer"):
             self._local.buffer = aligned_buffer(self.index.slot_nbytes)
-        record = self.index.record(key)
         region: memoryview = self._local.buffer[: self.index.region(key)]
-        self._files[record.file].read_into(record.offset, region)
-        if checksum(key, region) != record.checksum:
+        self._store.read_pages(key, region)
+        if checksum(key, region) != self.index.record(key).checksum:
             raise StoreError(
                 f"{self.path(key)}: layer {key.layer}, expert {key.expert}: damaged: does not match its checksum"
             )
@@ -72,8 +66,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self._files:
-            file.close()
+        self._store.close()
 
     def __enter__(self) -> Reader:
         return self

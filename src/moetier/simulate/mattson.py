@@ -8,6 +8,8 @@ The policy `lru` differs in one point: within an access it counts hits as used b
 the size, so plain LRU of atomic accesses is no stack algorithm, and no single pass gives all its sizes. `StackLRU` is
 LRU with the order that does not depend on the size; a run of it hits what the curve says, at every size. Where every
 access is one key the two are the same. Knows no prefetch, no pins, no time.
+
+`moetier.trace.stats` has the distance of every single need, one after the other; it needs no compiler, and is slower.
 """
 
 from __future__ import annotations

@@ -91,9 +91,15 @@ def original_files(folder: Path) -> list[tuple[str, int]]:
         raise StoreError(f"{path}: damaged; pack the model again") from error
 
 
-def shards_of(files: Sequence[Path]) -> Shards:
-    """The shards behind the files that the loader opens: a packed folder's stand for those it was made from."""
-    if len(files) == 1 and files[0].name == RESIDENT and (files[0].parent / INDEX).is_file():
+def shards_of(files: Sequence[Path], known: Shards | None = None) -> Shards:
+    """The shards behind the files that the loader opens: a packed folder's stand for those it was made from.
+
+    `known` has been read and validated before; where it is of these files they are not read again.
+    """
+    packed = len(files) == 1 and files[0].name == RESIDENT and (files[0].parent / INDEX).is_file()
+    if known is not None and (known.files[0].parent == files[0].parent if packed else known.files == tuple(files)):
+        return known
+    if packed:
         return original_shards(files[0].parent)
     return Shards.from_files(files)
 

@@ -96,6 +96,11 @@ class PackedStore:
         self._files[record.file].read_into(record.offset + record.phase + begin, into[begin:end])
         return end - begin
 
+    def read_pages(self, key: ExpertKey, into: memoryview) -> None:
+        """Read the pages that hold a record as they are in the file: what its checksum is of, padding included."""
+        record = self.index.record(key)
+        self._files[record.file].read_into(record.offset, into)
+
     def sliceable(self, layer: int) -> bool:
         """Records are what the math wants: always."""
         return True

@@ -73,6 +73,10 @@ class Shards:
     known: str = ""
     seen: str = ""
 
+    def __deepcopy__(self, memo: object) -> Shards:
+        """Itself: nothing in it changes, and there may be many tensors."""
+        return self
+
     @classmethod
     def open(cls, folder: Path) -> Shards:
         """The checkpoint in a model folder: its model.safetensors, or else the shards that its index names.

@@ -212,7 +212,8 @@ def stack_distances(record: NDArray[np.int64]) -> NDArray[np.int64]:
 
     An LRU cache of n slots hits exactly the needs with a distance from 0 to n - 1 (Mattson et al., 1970). Between the
     uses p and i there is one distinct record for every need j whose own last use is before p: counting j < i with
-    p(j) < p(i) and taking away those up to p leaves them. O(n log n).
+    p(j) < p(i) and taking away those up to p leaves them. O(n log n). (`moetier.simulate.mattson` takes the needs of an
+    access at once, compiles its pass, and keeps the histogram only.)
     """
     before = previous_use(record)
     again = np.flatnonzero(before >= 0)
