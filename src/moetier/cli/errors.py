@@ -96,7 +96,8 @@ class Program(TyperGroup):
             if describe is None or not standalone_mode:
                 raise
             path = getattr(getattr(error, "ctx", None), "command_path", "moetier")
-            say("error", f"{describe().rstrip('.')}; see {path} --help")
+            if describe():  # nothing where the help has been shown
+                say("error", f"{describe().rstrip('.')}; see {path} --help")
             sys.exit(2)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)

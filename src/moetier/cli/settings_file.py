@@ -58,25 +58,23 @@ def key_of(parameter: Any) -> str:
 
 
 def _checked(context: typer.Context, parameter: Any, value: Any, where: str) -> Any:
-    """The value if the option can have it; the conversion is done when the option is parsed."""
+    """The value as the command line would have it, if the option can have it."""
     several = parameter.nargs == -1 or getattr(parameter, "multiple", False)
-    if several and isinstance(value, str):
-        value = [value]
-    kind = getattr(parameter.type, "name", "text")
-    right = isinstance(value, list) if several else isinstance(value, bool) == (kind == "boolean")
-    items = value if several and right else [value]
-    if not right or any(not isinstance(item, (str, int, float)) for item in items):
-        wanted = "a list" if several else "true or false" if kind == "boolean" else "one value"
+    switch = getattr(parameter, "is_flag", False)
+    items = value if several and isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float)) and isinstance(item, bool) == switch for item in items):
+        wanted = "true or false" if switch else "a list of texts" if several else "one value"
         raise typer.BadParameter(f"{where} = {json.dumps(value, default=str)}: {wanted} is needed")
+    told = value if switch else [str(item) for item in items] if several else str(value)
     try:
-        parameter.type_cast_value(context, value)
+        parameter.process_value(context, told)
     except Exception as error:
         # By shape, not by class: typer brings its own copy of click in some versions and not in others.
         describe = getattr(error, "message", None)
         if describe is None:
             raise
         raise typer.BadParameter(f"{where}: {describe.rstrip('.')}") from None
-    return value
+    return told
 
 
 def settings_text(context: typer.Context, changed: Mapping[str, Any]) -> str:

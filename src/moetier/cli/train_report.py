@@ -143,12 +143,15 @@ def report(
     texts               files, tokens, sequences, held_out_tokens
     experts, slots      in all; in memory
     step, stopped       the run's step; SIGINT or SIGTERM if one of them ended it early, or null
-    steps               lists, one entry for each step that was made now: number, loss, and what else `Step` has
+    steps               lists, one entry for each step that was made now: number, loss, and what else `Step` has; what
+                        evaluations and checkpoints read and write between steps is not in them
     evaluations         step, loss, perplexity of each
+    bytes               read and written in all, from and to the run folder and the scratch file
     caches              by name (weights, state, gradients): what `ExpertCache.stats` says, and hit rates by tier
     seconds             load, train (evaluations and checkpoints included)
     """
-    caches = training.counters()["caches"]
+    counters = training.counters()
+    caches = counters["caches"]
     for stats in caches.values():
         for tier in stats["tiers"]:
             uses = sum(sum(tier[kind]) for kind in ("hits", "lates", "misses"))
@@ -172,6 +175,7 @@ def report(
         "stopped": stopped,
         "steps": {name: [getattr(step, name) for step in teller.steps] for name in fields},
         "evaluations": [asdict(found) | {"perplexity": found.perplexity} for found in teller.evaluations],
+        "bytes": {"read": counters["read_bytes"], "written": counters["written_bytes"]},
         "caches": caches,
         "seconds": {"load": load_seconds, "train": teller.seconds},
     }
@@ -199,13 +203,12 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_row(
             "speed", f"{sum(steps['tokens']) / sum(steps['seconds']):.0f} tokens/s", f"{each:.3f} s a step, mean"
         )
-        for name, stats in result["caches"].items():
-            tier = stats["tiers"][0]
-            hits, lates, misses = (sum(tier[kind]) for kind in ("hits", "lates", "misses"))
-            said = f"{tier['slots']} of {result['experts']} slots; {hits} hits, {lates} late, {misses} misses, "
-            table.add_row(name, f"{100 * tier['hit_rate']:.1f} %", said + f"{tier['write_backs']} written")
+        uses = max(1, sum(steps["uses"]))
+        slots = f"of the steps' uses; {result['slots']} of {result['experts']} experts in memory"
+        table.add_row("hits", f"{100 * sum(steps['hits']) / uses:.1f} %", slots)
         for name in ("read", "written"):
-            total = sum(steps[f"{name}_bytes"])
-            table.add_row(name, format_size(total // count), f"a step; {format_size(total)} in all")
+            said = f"a step; {format_size(result['bytes'][name])} in all, with evaluations and checkpoints"
+            table.add_row(name, format_size(sum(steps[f"{name}_bytes"]) // count), said)
+        table.add_row("dirty", format_size(max(steps["dirty_bytes"])), "at most, at the end of a step")
     table.add_row("in all", f"{seconds['train']:.2f} s", f"after {seconds['load']:.2f} s of loading")
     console.print(table)

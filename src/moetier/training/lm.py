@@ -109,14 +109,13 @@ class LanguageModelTraining:
         Raises `MoetierError` where the loss is no number any more, `StoreError` where experts cannot be read or
         written. The last checkpoint stays as it is.
         """
-        before = self.counters()
         while self.step < self.settings.steps:
+            before = self.counters()  # here: what evaluations and checkpoints move is not a step's
             begin = time.perf_counter()
             loss, lr = self._step(self.step + 1)
             seconds = time.perf_counter() - begin
             after = self.counters()
             read, written, hits, uses = (after[name] - before[name] for name in COUNTED)
-            before = after
             tokens = self.settings.accumulation * self.settings.batch_size * self.settings.sequence_length
             norm, dirty = self.optimizer.grad_norm, after["dirty_bytes"]
             yield Step(self.step, loss, lr, norm, tokens, seconds, read, written, hits, uses, dirty)
@@ -125,12 +124,13 @@ class LanguageModelTraining:
         count, lr = self.settings.accumulation, self.settings.lr_of(number)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        extra = {} if self.settings.aux_loss is None else {"output_router_logits": True}
         total = 0.0
         self.model.train()
         with torch.enable_grad():
             for batch in range((number - 1) * count, number * count):
                 ids = self._ids(self._data, self._batches[batch])
-                loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+                loss = self.model(input_ids=ids, labels=ids, use_cache=False, **extra).loss
                 total += loss.item()
                 if not math.isfinite(total):
                     raise MoetierError(
@@ -201,9 +201,7 @@ def prepare(model: Any, settings: Settings) -> None:
     if settings.aux_loss is not None:
         if not hasattr(model, "router_aux_loss_coef"):
             raise UnsupportedModelError(f"aux_loss: {type(model).__name__} has no load-balancing loss; leave it out")
-        model.router_aux_loss_coef = settings.aux_loss
-        model.config.router_aux_loss_coef = settings.aux_loss
-        model.config.output_router_logits = True
+        model.router_aux_loss_coef = settings.aux_loss  # not in its config, which is exported
 
 
 def optimizer_of(model: Any, settings: Settings) -> TieredOptimizer:
