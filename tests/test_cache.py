@@ -168,6 +168,18 @@ def test_a_failed_read_is_raised_and_the_cache_stays_usable(slots: int, make: Ca
         run.serve(run.access(layer, range(EXPERTS)))
 
 
+def test_settling_does_not_raise_failed_reads_again(make: Callable[..., Run]) -> None:
+    """Those who wanted the experts were told; of several that failed in one access the others are no news either."""
+    run = make(4, delay=0.0005)
+    run.store.fail = {ExpertKey(1, 2), ExpertKey(1, 5)}
+    for _ in range(3):
+        with pytest.raises(StoreError, match=r"expert=[25]\) cannot be read"):
+            run.serve(run.access(1, range(EXPERTS)))
+    run.cache.settle()
+    run.serve(run.access(0, range(EXPERTS)))
+    assert not run.cache._errors, "a service that runs for months must not collect them"
+
+
 def test_failures_at_random_with_threads(make: Callable[..., Run]) -> None:
     run = make(5, delay=0.0003)
     run.store.fail = {ExpertKey(layer, 3) for layer in range(LAYERS)}

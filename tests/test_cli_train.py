@@ -94,5 +94,5 @@ def test_a_budget_below_one_expert() -> None:
 
 def test_the_line() -> None:
     steps = [Step(1, 2.0, 0.01, 4, 2**20, 0, 3, 4), Step(2, 1.0, 0.03, 4, 2**20, 2**21, 1, 4)]
-    assert said_of(steps) == "loss 1.5000 · 20.0 ms a step · hits 50 % · read 1.0 MiB, written 1.0 MiB a step"
-    assert said_of([Step(1, 2.0, 0.01, 4, 0, 0, 0, 0)]) == "loss 2.0000 · 10.0 ms a step"
+    assert said_of(steps) == "loss 1.5000 · 20.0 ms · hits 50 % · read 1.0 MiB, written 1.0 MiB"
+    assert said_of([Step(1, 2.0, 0.01, 4, 0, 0, 0, 0)]) == "loss 2.0000 · 10.0 ms"

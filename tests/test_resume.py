@@ -233,3 +233,19 @@ def test_a_commit_that_found_the_disk_full_can_be_tried_again(
     run = Run(folder, tmp_path / "run", slots=24)
     assert_equal(run.everything(), expected)
     run.close()
+
+
+def test_the_same_process_goes_back_to_a_step(checkpoint: Get, tmp_path: Path) -> None:
+    run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / "run", keep=4)
+    losses = run.train(range(3), commit_at=(2, 3))
+    session, expected = run.model.moetier.training, run.everything()
+    losses += run.train(range(3, 5), commit_at=(4,))
+    for _ in range(2):
+        session.rewind(3)
+        assert run.optimizer.resume(scheduler=run.scheduler) == {"step": 3, "extra": None}
+        assert_equal(run.everything(), expected)
+        assert session.run.steps() == [2, 3, 4]
+        assert run.train(range(3, 5)) == losses[3:]
+    with pytest.raises(moetier.ConfigError, match="has no step 7"):
+        session.rewind(7)
+    run.close()

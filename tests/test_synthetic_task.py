@@ -185,6 +185,7 @@ class EpisodeTrainer(Trainer):  # type: ignore[misc]
 
 
 def test_trainer_stops_and_resumes_exactly(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
     data = TeacherRegression(TEACHERS)
 
     def run(folder: str, stop: int | None = None, resume: bool = False) -> EpisodeTrainer:

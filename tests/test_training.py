@@ -83,7 +83,7 @@ def test_accumulation_clipping_auxiliary_loss_and_checkpointing(checkpoint: Get,
     clip = lambda plain: norms.append(clip_reference(plain, 0.5))  # noqa: E731
     theirs = loop(plain, other, STEPS, accumulate=2, output_router_logits=True, before_step=clip)
     assert mine == theirs
-    assert optimizer.grad_norm == norms[-1] > 0.5
+    assert optimizer.grad_norm == norms[-1] and max(norms) > 0.5
     assert_same(model, plain)
 
 

@@ -453,6 +453,26 @@ def test_a_background_write_that_failed_is_told_when_settling_too(tmp_path: Path
         cache.settle()
 
 
+def test_a_write_back_that_failed_an_access_is_told_when_settling_until_it_is_made_good(tmp_path: Path) -> None:
+    """The record is still not home, whoever was told: unlike a failed read this must not be forgotten."""
+    store = TearingStore(tmp_path)
+    with open_cache(store, 2) as cache:
+        for lease in cache.stream(Access(1, 0, (k(0), k(1)), writes=True)):
+            change(store, lease)
+        store.broken = True
+        for again in (False, True):
+            with pytest.raises((StoreError, MoetierError), match="the disk is full"):
+                list(cache.stream(Access(2, 0, (k(2), k(3)))))
+            store.broken = not again
+            if not again:
+                with pytest.raises(StoreError, match="the disk is full"):
+                    cache.settle()
+                cache.settle()
+        assert len(list(cache.stream(Access(3, 0, (k(2), k(3)))))) == 2
+        cache.settle()
+    assert store.home[k(0)] == store.home[k(1)] == 1
+
+
 def test_a_flush_inside_a_stream_that_writes_is_an_error_not_a_hang(tmp_path: Path) -> None:
     store = TearingStore(tmp_path)
     with open_cache(store, 4) as cache:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moetier.loading import from_pretrained
     from moetier.options import Options
     from moetier.training.optimizer import SGD, AdamW
+    from moetier.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -51,6 +52,7 @@ __all__ = [
     "StoreError",
     "TierConfig",
     "TieredExpertsConfig",
+    "Trainer",
     "UnsupportedModelError",
     "Workload",
     "from_pretrained",
@@ -62,6 +64,7 @@ _LAZY = {
     "Options": "moetier.options",
     "SGD": "moetier.training.optimizer",
     "TieredExpertsConfig": "moetier.hf",
+    "Trainer": "moetier.training.trainer",
     "from_pretrained": "moetier.loading",
 }
 

@@ -157,6 +157,8 @@ class ExpertCache:
             self._to_foresee.pop(threading.get_ident(), None)
             with self._condition:
                 self._owners.pop(ticket.number, None)
+                if not self._owners:
+                    self._errors.clear()  # nobody is left to be told
                 for lease in held:
                     if self.device is not None and not lease.in_place:
                         self.device.used(lease.slot)
@@ -282,7 +284,8 @@ class ExpertCache:
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
 
-        Raises what a write-back that failed met; its record stays where it was, changed.
+        Raises what a write-back that failed met; its record stays where it was, changed. Failed reads are not raised:
+        who wanted them was told, and nothing is lost.
         """
         with self._condition:
             while True:
@@ -290,9 +293,8 @@ class ExpertCache:
                 if not self.core.busy:
                     break
                 self._condition.wait()
-            failed, self._errors = [*self._errors.values(), *self._unsaved.values()], {}
-            self._unsaved = {}
-        for error in failed:
+            failed, self._unsaved = self._unsaved, {}
+        for error in failed.values():
             raise error
 
     def flush(self) -> None:

@@ -250,7 +250,7 @@ def _line(console: Console, steps: int) -> Iterator[Callable[[Step, Trained], No
     """A line that follows the run, while a terminal looks on: loss and rates are means of the last steps."""
     columns = (
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(compact=True),
     )
@@ -266,16 +266,16 @@ def _line(console: Console, steps: int) -> Iterator[Callable[[Step, Trained], No
 
 
 def said_of(recent: Sequence[Step]) -> str:
-    """Some steps in one line."""
+    """Some steps in one line: means, all of them of a step."""
     count = len(recent)
     seconds, loss, read, written, hits, uses = (
         sum(getattr(step, name) for step in recent)
         for name in ("seconds", "loss", "read_bytes", "written_bytes", "hits", "uses")
     )
-    said = [f"loss {loss / count:.4f}", f"{1e3 * seconds / count:.1f} ms a step"]
+    said = [f"loss {loss / count:.4f}", f"{1e3 * seconds / count:.1f} ms"]
     if uses:
         said.append(f"hits {100 * hits / uses:.0f} %")
-        said.append(f"read {format_size(read / count)}, written {format_size(written / count)} a step")
+        said.append(f"read {format_size(read / count)}, written {format_size(written / count)}")
     return " · ".join(said)
 
 

@@ -169,6 +169,7 @@ def language_model(
     import_libraries(console, verbose, threads)
     from moetier.loading import checked
     from moetier.training.lm_settings import Batches, Settings
+    from moetier.training.optimizers import make_optimizer
     from moetier.training.texts import absolute, blocks_of
 
     with ExitStack() as stack:
@@ -196,6 +197,7 @@ def language_model(
             dtype,
         )
         settings.check()
+        make_optimizer(optim)  # raises for what is not there
         boards = board(tensorboard, stack)
         tiering: dict[str, Any] = {
             "train": str(folder / "run"),

@@ -214,6 +214,15 @@ class RunFolder:
                 table = None if self._steps.at is None else self._steps.at.families.get(name)
                 records.reset({} if table is None else table.records)
 
+    def go_back(self, step: int) -> None:
+        """Undo everything behind a step, as if the run had been opened there. Caches must forget what they hold.
+
+        Later steps stay until the next commit. Raises `ConfigError` for a step that is not there.
+        """
+        self._check_writable()
+        self._steps.choose(step)
+        self.rollback()
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -35,6 +36,8 @@ from moetier.training.optimizers.fields import HALF
 from moetier.training.proxy import give_proxies
 from moetier.training.session import TrainingSession
 
+KEPT = 16  # hidden states that a decoder layer keeps for backward, as measured: inputs of norms and projections
+
 
 def attach_training(
     model: Any, modules: list[tuple[str, Any]], maps: list[LayerMap], shards: Shards, options: Options, top_k: int
@@ -48,6 +51,7 @@ def attach_training(
     layouts, counts = [m.layout for m in maps], [len(m.recipes) for m in maps]
     packed = find_packed(shards, layouts, options.store)
     workload = workload_of(model, maps, options, top_k, 0, packed)
+    workload = replace(workload, workspace_nbytes=workload.workspace_nbytes + activation_nbytes(model, options.context))
     sizes = sizes_of(model, layouts, workload.slot_nbytes)
     machine = budgets(options, device)
     division = divide(workload, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
@@ -99,6 +103,14 @@ def one_device(model: Any) -> torch.device:
             f"train: experts are trained on the CPU so far, and the model is on {device}; pass device='cpu'"
         )
     return device
+
+
+def activation_nbytes(model: Any, tokens: int) -> int:
+    """What a forward of so many tokens keeps for its backward: hidden states in every layer, and the logits."""
+    config = model.config.get_text_config()
+    itemsize: int = next(model.parameters()).dtype.itemsize
+    kept = int(config.num_hidden_layers) * int(config.hidden_size) * itemsize * KEPT
+    return tokens * (kept + 3 * 4 * int(config.vocab_size))  # logits in fp32, their softmax and their gradient
 
 
 def sizes_of(model: Any, layouts: list[RecordLayout], slot_nbytes: int) -> Sizes:

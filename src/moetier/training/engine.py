@@ -23,6 +23,7 @@ from moetier.errors import ConfigError, MoetierError
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Fields, Gradients
+from moetier.training.leases import read_again
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
@@ -263,6 +264,26 @@ class TrainingEngine:
         """Write everything changed home: weights and states. Raises `StoreError`."""
         for cache in self._kept():
             cache.flush()
+
+    def rewind(self, home: Callable[[], None], saved: Mapping[str, Any]) -> None:
+        """Have the experts as they are at home after `home()` took that back to a step with these `saved` books.
+
+        Graphs of forwards before it must not be used any more.
+        """
+        self.check()
+        self.flush()  # nothing is on its way home then, and nothing is changed
+        applied = self.applied
+        assert applied is not None
+        try:
+            home()
+            self.ledger.load(saved["ledger"], applied.optimizer.settings)
+            if applied.usage is not None:
+                applied.usage.load(saved["usage"])
+            for cache in self._kept():
+                read_again(cache, self.ledger.counts)
+        except BaseException as error:
+            self._broken = error
+            raise
 
     def settled(self) -> ExpertStore:
         """The store of the weights, with every expert in it as it is by now, none of which owes a step."""

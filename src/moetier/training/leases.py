@@ -42,3 +42,18 @@ def together(
                 yield (lease, *rest)
     finally:
         stream.close()  # type: ignore[attr-defined]
+
+
+def read_again(cache: ExpertCache, counts: Sequence[int]) -> None:
+    """Read every record that the cache holds from its store again, which has others now. None may be changed.
+
+    `counts` are the records of each layer. Raises `StoreError`; the cache then holds records of both.
+    """
+    store = cache.store
+    for layer, count in enumerate(counts):
+        keys = [ExpertKey(layer, expert) for expert in range(count)]
+        held = [key for key, holds in zip(keys, cache.holding(keys), strict=True) if holds]
+        for lease in cache.stream(access_of(layer, held)) if held else ():
+            into = cache.host.memory(lease.slot, store.phase(lease.key), store.layout(layer).nbytes)
+            for segment in range(store.segments(lease.key)):
+                store.read(lease.key, segment, into)

@@ -20,7 +20,6 @@ from moetier.errors import ConfigError, MoetierError, UnsupportedModelError
 from moetier.registry import parse_name
 from moetier.training.lm_settings import Batches, Settings
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer, session_of
-from moetier.training.optimizers import make_optimizer
 from moetier.training.session import TrainingSession
 from moetier.training.texts import Blocks
 
@@ -209,7 +208,6 @@ def optimizer_of(model: Any, settings: Settings) -> TieredOptimizer:
 
     Resident weights have SGD where the experts have SGD or momentum, and AdamW else.
     """
-    make_optimizer(settings.optim)  # raises for what is not there
     plain = [p for name, p in model.named_parameters() if p.requires_grad and (p.ndim == 1 or name.endswith(".bias"))]
     apart = {id(p) for p in plain}
     groups = [

@@ -18,7 +18,8 @@ from moetier.access import ExpertKey
 from moetier.errors import ConfigError
 from moetier.training.applied import Idle, When
 from moetier.training.engine import Scale, TrainingEngine
-from moetier.training.optimizers import RecordOptimizer, Settings, make_optimizer
+from moetier.training.groups import chosen, settings_in, trained
+from moetier.training.optimizers import RecordOptimizer, Settings
 from moetier.training.optimizers.adam import AdamW as RecordAdamW
 from moetier.training.optimizers.clipping import (
     Clip,
@@ -36,6 +37,8 @@ from moetier.training.optimizers.sgd import Momentum as RecordMomentum
 if TYPE_CHECKING:
     from moetier.training.session import TrainingSession
 
+STEP = "moetier_step"  # in a state dict
+
 
 class TieredOptimizer(torch.optim.Optimizer):
     """What the optimizers of tiered models have in common. Not used by itself: it comes before one of torch's.
@@ -49,6 +52,7 @@ class TieredOptimizer(torch.optim.Optimizer):
     _clip: Clip
     _update: When
     _records: RecordOptimizer
+    _own: bool  # the experts have the optimizer of the parameters, not another
     _plain_step: Callable[..., Any]  # of torch's optimizer
 
     def _bind(
@@ -147,8 +151,8 @@ class TieredOptimizer(torch.optim.Optimizer):
         return [group_max_norm(self._max_grad_norm, elements, total) for elements in (*sizes, resident)]
 
     def _settings(self) -> list[Settings | None]:
-        start = self._records.settings
-        return [None if group is None else start.updated(group) for group in self._group_of_layer()]
+        start, own = self._records.settings, self._own
+        return [None if group is None else settings_in(group, start, own) for group in self._group_of_layer()]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those of the experts included."""
@@ -165,8 +169,26 @@ class TieredOptimizer(torch.optim.Optimizer):
         """
         return self._session.resume(**parts)
 
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether experts are updated before `step`: nothing may be done to their gradients then."""
+        return self._update == "backward"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the parameters, with the step that it is of."""
+        return {**super().state_dict(), STEP: self._session.step}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the parameters; that of the experts is in the run folder. Masters keep their dtype."""
+        """Of the parameters; that of the experts is in the run folder. Masters keep their dtype.
+
+        Raises `ConfigError` for the state of another step than the experts are at.
+        """
+        step = state_dict.get(STEP, self._session.step)
+        if step != self._session.step:
+            raise ConfigError(
+                f"load_state_dict: the optimizer's state is of step {step}, but the experts of this run are at "
+                f"{self._session.step}; resume with optimizer.resume(), or moetier.Trainer, which know the run folder"
+            )
         super().load_state_dict(state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, entries in state_dict["state"].items():
@@ -236,7 +258,8 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
             momentum goes on) or "skip" (nothing, as torch treats parameters without a gradient).
         update: when experts are updated: in "step", or in "backward" as soon as their gradient is there, which stores
             no gradients, but allows neither accumulation nor clipping by the global norm.
-        experts: another optimizer for the experts, by name from `moetier.training.optimizers.OPTIMIZERS`.
+        experts: another optimizer for the experts, made or by name from `moetier.training.optimizers.OPTIMIZERS`. Its
+            learning rate and weight decay are those of its group, which a name may set: "adafactor(lr=1e-3)".
         **torch_options: further arguments of `torch.optim.AdamW` (fused, foreach), for the parameters.
 
     Raises `ConfigError` for arguments that cannot be used, and for a model that was not loaded to be trained.
@@ -262,9 +285,10 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
     ):
         session = session_of(model)
         super().__init__(
-            trained(model, params), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **torch_options
+            trained(model, params, experts), lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **torch_options
         )
         own = RecordAdamW(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
+        self._own = experts is None
         self._bind(session, chosen(experts, own), max_grad_norm, clip, idle, update)
 
 
@@ -292,7 +316,7 @@ class SGD(TieredOptimizer, torch.optim.SGD):
     ):
         session = session_of(model)
         super().__init__(
-            trained(model, params),
+            trained(model, params, experts),
             lr=lr,
             momentum=momentum,
             dampening=dampening,
@@ -305,6 +329,7 @@ class SGD(TieredOptimizer, torch.optim.SGD):
             own = RecordMomentum(lr, momentum, dampening, nesterov, weight_decay)
         else:
             own = RecordSGD(lr, weight_decay)
+        self._own = experts is None
         self._bind(session, chosen(experts, own), max_grad_norm, clip, idle, update)
 
 
@@ -318,18 +343,6 @@ def session_of(model: torch.nn.Module) -> TrainingSession:
         )
     found: TrainingSession = session
     return found
-
-
-def trained(model: torch.nn.Module, params: Any) -> Any:
-    """The parameters to optimize: those given, else all that are not frozen."""
-    return [p for p in model.parameters() if p.requires_grad] if params is None else params
-
-
-def chosen(experts: str | RecordOptimizer | None, own: RecordOptimizer) -> RecordOptimizer:
-    """The experts' optimizer: `own` unless another was asked for."""
-    if experts is None:
-        return own
-    return make_optimizer(experts) if isinstance(experts, str) else experts
 
 
 def _scaled(factors: list[float], clip: float, limits: list[float] | None, key: ExpertKey, square: float) -> float:

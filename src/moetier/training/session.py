@@ -60,12 +60,17 @@ class TrainingSession:
         self._kind = ""
         self._saved: dict[str, Any] | None = None
         self._resumed = False
-        at = run.step
-        if at is not None:
-            self._saved = _checked(run.extra(at), run)
-            self.step = int(self._saved["step"])
-            restore_resident(model, TensorFile(run.attachment(at, RESIDENT)))
-        engine.owes = self._saved is not None and bool(self._saved["owes"])
+        engine.owes = self._begin()
+
+    def _begin(self) -> bool:
+        """Be at the step that the run is at, with its resident weights; returns whether its experts owe steps."""
+        at = self.run.step
+        if at is None:
+            return False
+        self._saved = saved = _checked(self.run.extra(at), self.run)
+        self.step = int(saved["step"])
+        restore_resident(self.model, TensorFile(self.run.attachment(at, RESIDENT)))
+        return bool(saved["owes"])
 
     # -- the optimizer -------------------------------------------------------------------------------------------------
 
@@ -188,8 +193,38 @@ class TrainingSession:
         restore_optimizer(self._optimizer, TensorFile(self.run.attachment(at, OPTIMIZER)), saved["optimizer"])
         for name in given:
             parts[name].load_state_dict(saved["parts"][name])
-        restore_random(TensorFile(self.run.attachment(at, RANDOM)), saved["random"])
+        self.restore_generators()
         return {"step": self.step, "extra": saved["extra"]}
+
+    def restore_generators(self) -> None:
+        """Set all random generators as they were at the checkpoint that training goes on from."""
+        if self._saved is not None and self.run.step is not None:
+            restore_random(TensorFile(self.run.attachment(self.run.step, RANDOM)), self._saved["random"])
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the model is as the run was opened, and `resume` was not called yet."""
+        return self._saved is not None and not self._resumed
+
+    def extra(self, step: int) -> Any:
+        """What was given as `extra` when a step was committed."""
+        return _checked(self.run.extra(step), self.run)["extra"]
+
+    def rewind(self, step: int) -> None:
+        """Go back to a step of the run, in this process; everything since is undone. Then call `resume`.
+
+        Later steps stay until the next commit, as when the run is opened at a step. Raises `ConfigError` for a step
+        that is not there, `StoreError` where records cannot be read; the model must then be loaded again.
+        """
+        if self._optimizer is None:
+            raise ConfigError("make the optimizer before rewind()")
+        saved = _checked(self.run.extra(step), self.run)
+        if saved["kind"] != self._kind:
+            raise ConfigError(f"{self.run.folder}: step {step} was trained with {saved['kind']}")
+        self.engine.clear()
+        self.engine.rewind(partial(self.run.go_back, step), saved)
+        self._begin()
+        self._resumed = False
 
     def close(self) -> None:
         """Stop threads and close files; what was not committed is lost. The cache of weights is the model's."""

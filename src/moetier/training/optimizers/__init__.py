@@ -28,7 +28,7 @@ class RecordOptimizer(Protocol):
 
     @property
     def settings(self) -> Settings:
-        """The settings that a torch parameter group starts from; `type(settings).from_group` reads a group back."""
+        """The settings that a torch parameter group starts from; `settings.updated(group)` reads a group back."""
 
     def usage(self, layers: int, experts: int) -> Usage | None:
         """The books by which experts are told apart, or None where all are treated alike."""

@@ -63,11 +63,6 @@ class Settings:
         except (AttributeError, TypeError) as error:
             raise ConfigError(f"saved settings {saved!r} are not those of this optimizer: {error}") from error
 
-    @classmethod
-    def from_group(cls, group: Mapping[str, Any]) -> Self:
-        """`updated`, for settings whose only one without a default is `lr`."""
-        return cls(lr=0.0).updated(group)
-
     def _takes(self, name: str, value: Any) -> bool:
         """Whether a group's value of this name means what it means here."""
         return True
