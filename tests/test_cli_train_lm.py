@@ -56,6 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
     (folder / "a.txt").write_text(TEXT)
     (folder / "b.md").write_text(TEXT[::-1])
+    (folder / "held.out").write_text(TEXT[:500])
     (folder / "not.bin").write_bytes(b"\xff\xfe")
     return folder
 
@@ -82,7 +83,7 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     run, saved, report = tmp_path / "run", tmp_path / "saved", tmp_path / "report.json"
     config = tmp_path / "train.toml"
     config.write_text(
-        f'model = "{model}"\ntexts = ["{text}"]\nfrom-scratch = true\neval_texts = "{text / "a.txt"}"\n'
+        f'model = "{model}"\ntexts = ["{text}"]\nfrom-scratch = true\neval_texts = "{text / "held.out"}"\n'
         'lr = 0.5\nslots = 4\nsteps = 24\nsequence-length = 16\nbatch-size = 4\nwarmup = 4\noptim = "momentum"\n'
         "gradient-checkpointing = true\naux-loss = 0.01\nquiet = false\n"
     )
@@ -104,7 +105,7 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     assert (saved / "tokenizer.json").is_file() and (saved / "generation_config.json").is_file()
     from transformers import AutoTokenizer
 
-    ids = torch.tensor(AutoTokenizer.from_pretrained(saved)(TEXT)["input_ids"])
+    ids = torch.tensor(AutoTokenizer.from_pretrained(saved)(TEXT[:500])["input_ids"])
     ids = ids[: len(ids) // 16 * 16].view(-1, 16)
     with torch.no_grad():
         loss = trained(input_ids=ids, labels=ids).loss
@@ -116,7 +117,7 @@ def test_stopped_and_resumed(
     model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
 ) -> None:
     args = (model, text, "--from-scratch", *SMALL, "--steps", 9, "--optim", optim, "--weight-decay", 0.1)
-    args = (*args, "--eval-texts", text / "a.txt", "--eval-every", 3, "--dtype", "bfloat16")
+    args = (*args, "--eval-texts", text / "held.out", "--eval-every", 3, "--dtype", "bfloat16")
     whole, part, rest = (tmp_path / f"{name}.json" for name in ("whole", "part", "rest"))
     call(*args, "--out", tmp_path / "whole", "--json", whole, "-q")
 
@@ -243,12 +244,24 @@ def test_tensorboard(model: Path, text: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     args = (model, text, "--from-scratch", *SMALL, "--steps", 3, "--out", tmp_path / "run", "--json", tmp_path / "j")
-    call(*args, "--tensorboard", tmp_path / "logs", "--eval-texts", text, "-q")
+    call(*args, "--tensorboard", tmp_path / "logs", "--eval-texts", text / "held.out", "-q")
     events = EventAccumulator(str(tmp_path / "logs"))
     events.Reload()
     scalars = [event.value for event in events.Scalars("train/loss")]
     assert scalars == pytest.approx(losses(tmp_path / "j"))
     assert {"eval/perplexity", "experts/hit_rate", "bytes/dirty", "train/grad_norm"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name", ["train_from_scratch", "finetune_demo"])
+def test_examples(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.txt").write_text("It came to pass in those days. " * 20)
+    example = Path(__file__).parents[1] / f"examples/{name}.toml"
+    small = ("--sequence-length", 16, "--batch-size", 1, "--steps", 2, "--eval-texts", tmp_path / "a.txt")
+    out = ("--out", tmp_path / "run", "--export", tmp_path / "saved", "--json", tmp_path / "j", "--readers", 1)
+    shown = said(call("--config", example, "demo", tmp_path / "a.txt", *small, *out))
+    assert "48 of 192 experts in memory; 2 steps" in shown and (tmp_path / "saved/tokenizer.json").is_file()
+    found = json.loads((tmp_path / "j").read_text())
+    assert found["step"] == 2 and (found["evaluations"][0]["loss"] > 7) == (name == "train_from_scratch")
 
 
 def test_schedules() -> None:

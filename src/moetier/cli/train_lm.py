@@ -12,9 +12,10 @@ The JSON (`--json`) is what `moetier.cli.train_report.report` says.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -59,10 +60,13 @@ def language_model(
     context: typer.Context,
     model: Annotated[
         str | None,
-        typer.Argument(help="A model folder, a hub id (owner/name), or demo: the one that comes with moetier."),
+        typer.Argument(
+            metavar="MODEL", help="A model folder, a hub id (owner/name), or demo: the one that comes with moetier."
+        ),
     ] = None,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Text files in UTF-8, or folders of them (.txt, .md, .rst).")
+        list[str] | None,
+        typer.Argument(metavar="TEXTS", help="Text files in UTF-8, or folders of them (.txt, .md, .rst)."),
     ] = None,
     config: SettingsFile = None,
     out: Annotated[str | None, _text("Folder of the run: new, or with --resume that of before.", _RUN, "DIR")] = None,
@@ -198,7 +202,7 @@ def language_model(
         )
         settings.check()
         make_optimizer(optim)  # raises for what is not there
-        boards = board(tensorboard, stack)
+        writer = board_writer(tensorboard)
         tiering: dict[str, Any] = {
             "train": str(folder / "run"),
             "keep": keep,
@@ -235,9 +239,14 @@ def language_model(
         places: dict[str, Any] = {"model": absolute(model), "texts": [absolute(t) for t in texts], "out": absolute(out)}
         places |= {"eval_texts": [absolute(t) for t in eval_texts or []], "resume": None, "json_file": None}
         places |= {"tokenizer": absolute(tokenizer) if tokenizer else None}
+        for name, place in {"export": export, "tensorboard": tensorboard}.items():
+            places[name] = None if place is None else os.path.abspath(os.path.expanduser(place))
         write_text(folder / "train.toml", settings_text(context, places), "--out")
         load_seconds = time.perf_counter() - begin
-        teller = Teller(console, training, data, held_out, log_every, boards)
+        board = None if writer is None else writer(training.step + 1)
+        if board is not None:
+            stack.callback(board.close)
+        teller = Teller(console, training, data, held_out, log_every, board)
         with teller, stopped_by() as stop:
             run(training, held_out, eval_every, commit_every, teller, stop)
         if export is not None and not stop:
@@ -358,17 +367,20 @@ def initial(source: Path, folder: Path, settings: Any, resume: bool, console: Co
     return made
 
 
-def board(folder: str | None, stack: ExitStack) -> Any:
-    """A writer for TensorBoard, or None. Raises `ConfigError` where it is not installed."""
+def board_writer(folder: str | None) -> Callable[[int], Any] | None:
+    """Makes a writer for TensorBoard that begins with a step. Raises `ConfigError` where it is not installed."""
     if folder is None:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError("--tensorboard needs the package tensorboard; install moetier[tensorboard]") from None
-    try:
-        writer = SummaryWriter(str(Path(folder).expanduser()))
-    except OSError as error:
-        raise ConfigError(f"--tensorboard {folder}: cannot be written: {error.strerror or error}") from None
-    stack.callback(writer.close)
-    return writer
+
+    def make(step: int) -> Any:
+        try:
+            # what a run that was killed had logged after its last checkpoint is made again, and shown once
+            return SummaryWriter(os.path.expanduser(folder), purge_step=step if step > 1 else None)
+        except OSError as error:
+            raise ConfigError(f"--tensorboard {folder}: cannot be written: {error.strerror or error}") from None
+
+    return make

@@ -194,7 +194,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         shown = min(SHOWN, count)
         first, last = statistics.fmean(steps["loss"][:shown]), statistics.fmean(steps["loss"][-shown:])
         table.add_row("loss", f"{last:.4f}", f"mean of the last {shown} steps; {first:.4f} in the first {shown}")
-    for found in [result["evaluations"][i] for i in sorted({0, len(result["evaluations"]) - 1}) if i >= 0][-2:]:
+    evaluations = result["evaluations"]
+    for found in evaluations[:1] + evaluations[1:][-1:]:
         table.add_row(
             "held-out", f"{found['loss']:.4f}", f"at step {found['step']}; perplexity {found['perplexity']:.2f}"
         )
