@@ -84,21 +84,21 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     config = tmp_path / "train.toml"
     config.write_text(
         f'model = "{model}"\ntexts = ["{text}"]\nfrom-scratch = true\neval_texts = "{text / "held.out"}"\n'
-        'lr = 0.5\nslots = 4\nsteps = 24\nsequence-length = 16\nbatch-size = 4\nwarmup = 4\noptim = "momentum"\n'
+        'lr = 0.5\nslots = 4\nsteps = 16\nsequence-length = 16\nbatch-size = 4\nwarmup = 4\noptim = "momentum"\n'
         "gradient-checkpointing = true\naux-loss = 0.01\nquiet = false\n"
     )
-    options = ("--config", config, "--lr", 0.05, "--out", run, "--export", saved, "--json", report, "--log-every", 12)
+    options = ("--config", config, "--lr", 0.05, "--out", run, "--export", saved, "--json", report, "--log-every", 8)
     shown = said(call(*options))
     assert "2 files" in shown and "4 of 16 experts in memory" in shown
-    assert re.search(r"step 24: loss \d\.\d+ · \d+ tokens/s · hits \d+ % · read .* written .* dirty", shown)
+    assert re.search(r"step 16: loss \d\.\d+ · \d+ tokens/s · hits \d+ % · read .* written .* dirty", shown)
     found = json.loads(report.read_text())
     assert found["settings"]["lr"] == 0.05 and found["settings"]["gradient_checkpointing"] is True
     assert (
         found["steps"]["lr"][0] == pytest.approx(0.0125) and found["steps"]["lr"][3] == 0.05 == found["steps"]["lr"][4]
     )
-    assert 0 < found["steps"]["lr"][-1] < 0.002
+    assert 0 < found["steps"]["lr"][-1] < 0.003
     first, last = found["evaluations"]
-    assert first["step"] == 0 and last["step"] == 24 and last["loss"] < first["loss"] - 0.3
+    assert first["step"] == 0 and last["step"] == 16 and last["loss"] < first["loss"] - 0.3
     assert found["caches"]["state"]["tiers"][0]["write_backs"] and found["steps"]["written_bytes"][-1]
 
     trained = AutoModelForCausalLM.from_pretrained(saved)
@@ -112,12 +112,9 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     assert float(loss) == pytest.approx(last["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adafactor"])
-def test_stopped_and_resumed(
-    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str
-) -> None:
-    args = (model, text, "--from-scratch", *SMALL, "--steps", 9, "--optim", optim, "--weight-decay", 0.1)
-    args = (*args, "--eval-texts", text / "held.out", "--eval-every", 3, "--dtype", "bfloat16")
+def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 9, "--optim", "adafactor", "--weight-decay", 0.1)
+    args = (*args, "--eval-texts", text / "held.out", "--eval-every", 5, "--dtype", "bfloat16")
     whole, part, rest = (tmp_path / f"{name}.json" for name in ("whole", "part", "rest"))
     call(*args, "--out", tmp_path / "whole", "--json", whole, "-q")
 
@@ -256,7 +253,18 @@ def test_tensorboard(model: Path, text: Path, tmp_path: Path) -> None:
 def test_examples(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.txt").write_text("It came to pass in those days. " * 20)
     example = Path(__file__).parents[1] / f"examples/{name}.toml"
-    small = ("--sequence-length", 16, "--batch-size", 1, "--steps", 2, "--eval-texts", tmp_path / "a.txt")
+    small = (
+        "--sequence-length",
+        16,
+        "--batch-size",
+        1,
+        "--steps",
+        2,
+        "--warmup",
+        1,
+        "--eval-texts",
+        tmp_path / "a.txt",
+    )
     out = ("--out", tmp_path / "run", "--export", tmp_path / "saved", "--json", tmp_path / "j", "--readers", 1)
     shown = said(call("--config", example, "demo", tmp_path / "a.txt", *small, *out))
     assert "48 of 192 experts in memory; 2 steps" in shown and (tmp_path / "saved/tokenizer.json").is_file()

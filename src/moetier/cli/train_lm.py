@@ -162,8 +162,7 @@ def language_model(
         )
     if out is None:
         raise ConfigError("--out: give a folder for the run, which holds its checkpoints")
-    if steps is not None and epochs is not None:
-        raise ConfigError("--steps and --epochs both say how long to train; give one")
+    steps, epochs = one_of(context, steps, epochs)
     if eval_every is not None and not eval_texts:
         raise ConfigError("--eval-every: nothing to evaluate on; give --eval-texts")
     check_writable(json_file, "--json")
@@ -238,7 +237,7 @@ def language_model(
             say("warning", f"sequences of {sequence_length} tokens, but the model is made for {longest}")
         places: dict[str, Any] = {"model": absolute(model), "texts": [absolute(t) for t in texts], "out": absolute(out)}
         places |= {"eval_texts": [absolute(t) for t in eval_texts or []], "resume": None, "json_file": None}
-        places |= {"tokenizer": absolute(tokenizer) if tokenizer else None}
+        places |= {"steps": steps, "epochs": epochs, "tokenizer": absolute(tokenizer) if tokenizer else None}
         for name, place in {"export": export, "tensorboard": tensorboard}.items():
             places[name] = None if place is None else os.path.abspath(os.path.expanduser(place))
         write_text(folder / "train.toml", settings_text(context, places), "--out")
@@ -314,6 +313,16 @@ def stopped_by() -> Iterator[list[str]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tuple[int | None, int | None]:
+    """How long to train: of steps and epochs at most one, where a flag wins over a file. Raises `ConfigError`."""
+    if steps is None or epochs is None:
+        return steps, epochs
+    sources = [str(getattr(context.get_parameter_source(name), "name", "")) for name in ("steps", "epochs")]
+    if sources.count("COMMANDLINE") != 1:
+        raise ConfigError("--steps and --epochs both say how long to train; give one")
+    return (steps, None) if sources[0] == "COMMANDLINE" else (None, epochs)
 
 
 def check_folders(folder: Path, resume: bool, export: str | None) -> None:
