@@ -393,3 +393,32 @@ def test_a_parameter_that_cannot_be_trained_is_named(make: Make) -> None:
         twins.tiered[0](*routed(KINDS[0]))
     twins.tiered[0].scale.requires_grad_(False)
     twins.tiered[0](*routed(KINDS[0])).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_around_the_experts(make: Make) -> None:
+    """torch.compile takes what is before and behind the experts, and leaves them to residency."""
+    twins = make(KINDS[0], slots=2)
+    hidden, index, weights = routed(KINDS[0])
+
+    def block(module: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(module(torch.sin(x), index, weights)) * 2
+
+    operations: list[str] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        operations.extend(getattr(node.target, "__name__", "") for node in graph.graph.nodes)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(block, backend=backend)
+    found = []
+    for function, module in ((compiled, twins.tiered[0]), (block, twins.plain[0])):
+        x = hidden.clone().requires_grad_()
+        result = function(module, x)
+        result.square().sum().backward()
+        found.append([result.detach(), x.grad])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+    compare(twins, {}, {name: getattr(twins.plain[0], name).grad for name in per_expert_parameters(twins.plain[0])})
+    torch.compiler.reset()
+    assert {"sin", "tanh"} <= set(operations) and not {"mm", "sort", "apply"} & set(operations)

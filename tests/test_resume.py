@@ -242,7 +242,7 @@ def test_the_same_process_goes_back_to_a_step(checkpoint: Get, tmp_path: Path) -
     losses += run.train(range(3, 5), commit_at=(4,))
     for _ in range(2):
         session.rewind(3)
-        assert run.optimizer.resume(scheduler=run.scheduler) == {"step": 3, "extra": None}
+        assert run.optimizer.resume(scheduler=run.scheduler) == {"step": 3, "extra": {"seen": 3}}
         assert_equal(run.everything(), expected)
         assert session.run.steps() == [2, 3, 4]
         assert run.train(range(3, 5)) == losses[3:]

@@ -67,9 +67,18 @@ def moetier_experts_forward(
         return torch.empty_like(hidden_states)
     if getattr(self, "_is_expert_parallel", False):
         raise UnsupportedModelError("expert parallelism and tiered experts cannot be combined")
-    tiered, layer = self._moetier
-    result: torch.Tensor = tiered.forward(layer, self, hidden_states, top_k_index, top_k_weights)
+    run = _outside_graphs if torch.compiler.is_compiling() else _run
+    return run(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _run(module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    tiered, layer = module._moetier
+    result: torch.Tensor = tiered.forward(layer, module, hidden, index, weights)
     return result
+
+
+# torch.compile compiles what is around the experts: what happens in here follows residency, no graph could
+_outside_graphs = torch.compiler.disable(_run)  # type: ignore[no-untyped-call]
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, moetier_experts_forward)
