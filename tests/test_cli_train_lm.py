@@ -251,7 +251,7 @@ def test_tensorboard(model: Path, text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train_from_scratch", "finetune_demo"])
 def test_examples(tmp_path: Path, name: str) -> None:
-    (tmp_path / "a.txt").write_text("It came to pass in those days. " * 20)
+    (tmp_path / "a.txt").write_text("It came to pass in those days. " * 6)
     example = Path(__file__).parents[1] / f"examples/{name}.toml"
     small = (
         "--sequence-length",
