@@ -28,6 +28,10 @@ _FLAGS = (  # the library names its arguments, a user of the command line knows 
     (re.compile(r"^pin_after: "), "--pin-after: "),
     (re.compile(r"^(cache|keep|max|drop)_(prior|top|rank|mass|misses): "), r"--\1-\2: "),
     (re.compile(r"^processes: "), "--jobs: "),
+    (re.compile(r"^(steps|lr|warmup|schedule|optim|idle|accumulation|seed|dtype|keep|writeback): "), r"--\1: "),
+    (re.compile(r"^(batch|weight|aux|gradient|state|gradient)_(size|decay|loss|checkpointing|slots): "), r"--\1-\2: "),
+    (re.compile(r"\bsequence_length\b"), "--sequence-length"),
+    (re.compile(r"^max_grad_norm: "), "--max-grad-norm: "),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
 
@@ -92,7 +96,8 @@ class Program(TyperGroup):
             if describe is None or not standalone_mode:
                 raise
             path = getattr(getattr(error, "ctx", None), "command_path", "moetier")
-            say("error", f"{describe().rstrip('.')}; see {path} --help")
+            if describe():  # nothing where the help has been shown
+                say("error", f"{describe().rstrip('.')}; see {path} --help")
             sys.exit(2)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -73,16 +74,17 @@ def find(model: str, revision: str | None, console: Console) -> CheckedFolder:
         return checked(folder)
 
 
-def load_tokenizer(folder: CheckedFolder, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder. Raises `CheckpointError`."""
+def load_tokenizer(folder: CheckedFolder | Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder, or of one with a tokenizer only. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     from moetier.loading import translate
 
+    path = folder if isinstance(folder, Path) else folder.path
     try:
-        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever the parser of a damaged file raises
-        told = translate(error, folder)
+        told = translate(error, path)
         if isinstance(told, ConfigError):
             raise told from error
         text = " ".join(str(error).split())[:400] or type(error).__name__

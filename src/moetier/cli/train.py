@@ -1,4 +1,4 @@
-"""`moetier train synthetic`: the teacher regression, with experts in tiers or in memory.
+"""`moetier train`: language models (`train_lm.py`), and `moetier train synthetic`: the teacher regression.
 
 The JSON (`--json`) is what `moetier.training.synthetic_run.train` reports, version 1.
 """
@@ -16,8 +16,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperGroup
 
 from moetier.cli import options as o
+from moetier.cli import train_lm
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import import_libraries
@@ -28,7 +30,19 @@ from moetier.policies import check_online
 if TYPE_CHECKING:
     from moetier.training.synthetic_run import Step, Trained
 
-app = typer.Typer(help="Train models whose experts do not fit in memory.", no_args_is_help=True)
+
+class Training(TyperGroup):
+    """A group whose command `lm` need not be named: `moetier train MODEL TEXTS` is `moetier train lm MODEL TEXTS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """What begins with none of the commands is for `lm`."""
+        if args and args[0] not in {*self.commands, "--help", "-h"}:
+            args = ["lm", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=Training, no_args_is_help=True)
+app.command("lm")(train_lm.language_model)
 
 _TASK, _MODEL, _DATA, _LOOP = "Task", "Model", "Order of the data", "Training"
 _MEMORY, _RUN, _OUT = "Experts and memory", "Run folder", "Output"
@@ -40,7 +54,10 @@ def _number(help: str, panel: str, least: int = 1) -> Any:
 
 @app.callback()
 def _root() -> None:
-    """Train models whose experts do not fit in memory."""
+    """Train models whose experts do not fit in memory.
+
+    moetier train MODEL TEXTS… --out DIR trains a language model on text files; its options: moetier train lm --help.
+    """
 
 
 @app.command("synthetic")
