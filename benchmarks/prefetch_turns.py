@@ -3,8 +3,8 @@
     python benchmarks/prefetch_turns.py --json benchmarks/results/prefetch-turns.json       # about ten minutes
     python benchmarks/prefetch_turns.py --update-docs benchmarks/results/prefetch-turns.json
 
-`prefetch.py` compares processes, which on a shared machine differ by more than prefetching gains: a run of seconds falls
-into a fast or a slow phase of it. Here both see the same machine, turn by turn, and what counts is the ratio within a
+`prefetch.py` compares processes, which on a shared machine differ by more than prefetching gains: a run of seconds
+falls into a fast or a slow phase of it. Here both see the same machine, turn by turn, and what counts is the ratio within a
 round (one turn each, in alternating order). Both are as a user gets them; the first rounds, in which the
 controller and the split of threads make their trials, do not count.
 """
@@ -68,7 +68,7 @@ def tokens_of(workload: Workload, folder: Path, count: int) -> torch.Tensor:
 
 
 def turns(workload: Workload, work: Path, skipped: int) -> dict[str, Any]:
-    """Seconds of every turn with and without, the first `skipped` rounds left out, and what became of the prefetches."""
+    """Seconds of every turn but those of the first `skipped` rounds, and what became of the prefetches."""
     folder = DEMO if workload.model == "demo" else work / "big"
     count = PROMPT + TURN * (workload.rounds + skipped)
     tokens = tokens_of(workload, folder, count)
@@ -121,8 +121,8 @@ def report(found: dict[str, Any]) -> str:
     head = ["workload", "off, ms a token", "on, ms a token", "on ÷ off", "issued / useful / wasted", "the controller"]
     rounds = len(found["workloads"][0]["seconds"]["off"])
     text = (
-        f"{machine_line(found['machine'])} {found['threads']} compute threads, turns of {TURN} tokens, from {rounds} rounds "
-        "on; median of the ratios within rounds, in brackets its 95 % interval (bootstrap)."
+        f"{machine_line(found['machine'])} {found['threads']} compute threads, turns of {TURN} tokens, {rounds} rounds and "
+        "more; median of the ratios within rounds, in brackets its 95 % interval (bootstrap)."
     )
     return f"{text}\n\n{table(head, [row(one) for one in found['workloads']])}"
 
