@@ -62,6 +62,64 @@ def tokens_of(workload: Workload, folder: Path, count: int) -> torch.Tensor:
     """[1, count] tokens of the text, from its beginning again where it is too short."""
     if workload.model == "big":
         return torch.tensor([common.make_tokens(common.BIG, count, int(workload.text))])
+    text = (TEXTS / f"{workload.text}.txt").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(folder)(text).input_ids
+    return torch.tensor([(ids * (count // len(ids) + 1))[:count]])
+
+
+def turns(workload: Workload, work: Path, skipped: int) -> dict[str, Any]:
+    """Seconds of every turn but those of the first `skipped` rounds, and what became of the prefetches."""
+    folder = DEMO if workload.model == "demo" else work / "big"
+    count = PROMPT + TURN * (workload.rounds + skipped)
+    tokens = tokens_of(workload, folder, count)
+    models = {
+        name: moetier.from_pretrained(folder, slots=f"{workload.share}%", context=count, device="cpu", prefetch=name)
+        for name in ("off", "auto")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        outputs = {name: model(tokens[:, :PROMPT], use_cache=True) for name, model in models.items()}
+        for number in range(workload.rounds + skipped):
+            for name in ("off", "auto") if number % 2 else ("auto", "off"):
+                begin = time.perf_counter()
+                for at in range(PROMPT + number * TURN, PROMPT + (number + 1) * TURN):
+                    past = outputs[name].past_key_values
+                    outputs[name] = models[name](tokens[:, at : at + 1], past_key_values=past, use_cache=True)
+                if number >= skipped:
+                    seconds[name].append(time.perf_counter() - begin)
+            if not torch.equal(outputs["off"].logits, outputs["auto"].logits):
+                raise SystemExit(f"{workload.name}: prefetching changed the output")
+    report = models["auto"].moetier.stats()["prefetches"]
+    for model in models.values():
+        model.moetier.close()
+    kept = ("issued", "useful", "late", "wasted", "cancelled")
+    return {
+        "name": workload.name,
+        "seconds": seconds,
+        "words": report["controller"]["words"],
+        **{name: report[name] for name in kept},
+    }
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    """Of the table."""
+    on, off = found["seconds"]["auto"], found["seconds"]["off"]
+    ratios = [a / b for a, b in zip(on, off, strict=True)]
+    low, high = bootstrap(ratios)
+    return [
+        found["name"],
+        f"{1e3 * statistics.median(off) / TURN:.1f}",
+        f"{1e3 * statistics.median(on) / TURN:.1f}",
+        f"**{statistics.median(ratios):.3f}** ({low:.2f}–{high:.2f})",
+        f"{found['issued']} / {found['useful']} / {found['wasted']}",
+        found["words"],
+    ]
+
+
+def report(found: dict[str, Any]) -> str:
+    """The section of the page."""
+    head = ["workload", "off, ms a token", "on, ms a token", "on ÷ off", "issued / useful / wasted", "the controller"]
+    rounds = len(found["workloads"][0]["seconds"]["off"])
     text = (
         f"{machine_line(found['machine'])} {found['threads']} compute threads, turns of {TURN} tokens, at least {rounds} "
         "rounds; median of the ratios within rounds, in brackets its 95 % interval (bootstrap)."
