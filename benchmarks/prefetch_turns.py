@@ -121,8 +121,8 @@ def report(found: dict[str, Any]) -> str:
     head = ["workload", "off, ms a token", "on, ms a token", "on ÷ off", "issued / useful / wasted", "the controller"]
     rounds = len(found["workloads"][0]["seconds"]["off"])
     text = (
-        f"{machine_line(found['machine'])} {found['threads']} compute threads, turns of {TURN} tokens, at least {rounds} "
-        "rounds; median of the ratios within rounds, in brackets its 95 % interval (bootstrap)."
+        f"{machine_line(found['machine'])} {found['threads']} compute threads, turns of {TURN} tokens, at least "
+        f"{rounds} rounds; median of the ratios within rounds, in brackets its 95 % interval (bootstrap)."
     )
     return f"{text}\n\n{table(head, [row(one) for one in found['workloads']])}"
 
