@@ -338,9 +338,8 @@ def test_train(
         if "moved" in run["steps"][0]:
             assert run["steps"][-1]["moved"]["weights, disk→host"] > 0 and run["commit"]["seconds"] > 0
             assert run["steps"][-1]["changed_nbytes"] > 0
-    assert train_report.amplification(found, runs["moetier-25-writethrough"]) >= train_report.amplification(
-        found, runs["moetier-25"]
-    )
+    for arm in ("moetier-25", "moetier-25-writethrough"):  # writes are asynchronous: some are the next step's
+        assert 0.5 < train_report.amplification(found, runs[arm]) < 2
     text = capsys.readouterr().out
     assert "the same losses in all runs, bit for bit" in text and "bf16, fp32 masters" in text
 
