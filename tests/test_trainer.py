@@ -288,7 +288,7 @@ def test_exports_only_where_only_models_are_asked_for(runs: Runs) -> None:
 
 
 def test_its_own_optimizer_and_schedule(runs: Runs) -> None:
-    kind = (moetier.AdamW, {"lr": 0.01, "idle": "skip", "experts": "sgd(lr=0.1)"})
+    kind = (moetier.AdamW, {"lr": 0.01, "idle": "skip", "experts": "sgd"})
     trainer = runs.trainer(optimizer_cls_and_kwargs=kind, until=4)
     trainer.train()
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
