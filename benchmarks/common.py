@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -337,26 +337,24 @@ def _remove(folder: Path, version: int) -> None:
 # -- the disk ---------------------------------------------------------------------------------------------------------
 
 
-def raw_bandwidth(files: list[Path], threads: int, nbytes: int, start: int = 0) -> float:
-    """Bytes/s of plain direct reads in 1 MiB chunks, `nbytes` in all from chunk `start` on, round the files."""
-    chunks = [(file, offset) for file in files for offset in range(0, file.stat().st_size - MIB, MIB)]
-    todo = iter([chunks[(start + i) % len(chunks)] for i in range(nbytes // MIB)])
-    fds = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}
+def seconds_of(requests: Iterable[Any], threads: int, nbytes: int, move: Callable[[Any, mmap.mmap], int]) -> float:
+    """How long so many threads take for the requests, each of `nbytes`; `move(request, buffer)` returns the bytes."""
+    todo = iter(requests)
     lock = threading.Lock()
     errors: list[BaseException] = []
 
     def work() -> None:
-        buffer = mmap.mmap(-1, MIB)
-        buffer.write(bytes(MIB))  # its pages exist before the clock starts
+        buffer = mmap.mmap(-1, nbytes)
+        buffer.write(os.urandom(nbytes))  # its pages exist before the clock starts
         ready.wait()
         try:
             while True:
                 with lock:
-                    item = next(todo, None)
-                if item is None:
+                    request = next(todo, None)
+                if request is None:
                     return
-                if os.preadv(fds[item[0]], [buffer], item[1]) != MIB:
-                    raise OSError(f"{item[0]}: short read")
+                if move(request, buffer) != nbytes:
+                    raise OSError(f"{request}: moved short")
         except BaseException as error:
             errors.append(error)
 
@@ -369,11 +367,21 @@ def raw_bandwidth(files: list[Path], threads: int, nbytes: int, start: int = 0) 
     for worker in workers:
         worker.join()
     elapsed = time.perf_counter() - begin
-    for fd in fds.values():
-        os.close(fd)
     if errors:
         raise errors[0]
-    return nbytes // MIB * MIB / elapsed
+    return elapsed
+
+
+def raw_bandwidth(files: list[Path], threads: int, nbytes: int, start: int = 0) -> float:
+    """Bytes/s of plain direct reads in 1 MiB chunks, `nbytes` in all from chunk `start` on, round the files."""
+    chunks = [(file, offset) for file in files for offset in range(0, file.stat().st_size - MIB, MIB)]
+    todo = [chunks[(start + i) % len(chunks)] for i in range(nbytes // MIB)]
+    fds = {file: os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files}
+    try:
+        return len(todo) * MIB / seconds_of(todo, threads, MIB, lambda at, into: os.preadv(fds[at[0]], [into], at[1]))
+    finally:
+        for fd in fds.values():
+            os.close(fd)
 
 
 # -- the machine ------------------------------------------------------------------------------------------------------

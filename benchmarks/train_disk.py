@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-import time
 from pathlib import Path
 
-from common import MIB
+from common import MIB, seconds_of
 
 READS = 0.6  # share of reads among the bytes: about that of a training step at 25 % of the slots
 BLOCK = 4 * MIB
@@ -33,37 +31,14 @@ class MixedDisk:
         """Bytes/s of `nbytes` in all, in blocks of 4 MiB, three of five of them reads, by so many threads."""
         count = max(5, nbytes // BLOCK)
         start, self._next = self._next, self._next + count
-        todo = iter([((start + i) % self.blocks, (i * READS) % 1 < READS) for i in range(count)])
-        lock, errors = threading.Lock(), []
+        todo = [((start + i) % self.blocks, (i * READS) % 1 < READS) for i in range(count)]
         fd = os.open(self.path, os.O_RDWR | os.O_DIRECT)
 
-        def work() -> None:
-            buffer = mmap.mmap(-1, BLOCK)
-            buffer.write(os.urandom(BLOCK))
-            ready.wait()
-            try:
-                while True:
-                    with lock:
-                        item = next(todo, None)
-                    if item is None:
-                        return
-                    block, reads = item
-                    move = os.preadv if reads else os.pwritev
-                    if move(fd, [buffer], block * BLOCK) != BLOCK:
-                        raise OSError(f"{self.path}: short {'read' if reads else 'write'}")
-            except BaseException as error:
-                errors.append(error)
+        def move(request: tuple[int, bool], buffer: mmap.mmap) -> int:
+            block, reads = request
+            return (os.preadv if reads else os.pwritev)(fd, [buffer], block * BLOCK)
 
-        ready = threading.Barrier(threads + 1)
-        workers = [threading.Thread(target=work) for _ in range(threads)]
-        for worker in workers:
-            worker.start()
-        ready.wait()
-        begin = time.perf_counter()
-        for worker in workers:
-            worker.join()
-        seconds = time.perf_counter() - begin
-        os.close(fd)
-        if errors:
-            raise errors[0]
-        return count * BLOCK / seconds
+        try:
+            return count * BLOCK / seconds_of(todo, threads, BLOCK, move)
+        finally:
+            os.close(fd)

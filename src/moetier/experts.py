@@ -108,13 +108,17 @@ class Routing:
         """[T, H] → [S, H], S = T * K pairs: what each row of an expert computes on."""
         return hidden.expand(self.top_k, -1) if self.unsorted else hidden[self.order // self.top_k]
 
+    def by_token(self, results: torch.Tensor) -> torch.Tensor:
+        """[S, ...] of the sorted rows, in the order of `index`."""
+        if self.unsorted:
+            return results
+        inverse = torch.empty_like(self.order)
+        inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
+        return results[inverse]
+
     def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
         """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
-        if not self.unsorted:
-            inverse = torch.empty_like(self.order)
-            inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
-            results = results[inverse]
-        summed = results.view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
+        summed = self.by_token(results).view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
         return summed.to(hidden.dtype)
 
 

@@ -142,8 +142,8 @@ class TieredExperts:
             if begins_text(kwargs.get("past_key_values"), self._phase):
                 self._texts += 1
             self._sequence = max(0, self._texts - 1) if tokens.shape[0] == 1 else 0
-            self._steps.begin(self._phase, tokens.shape[0] * tokens.shape[1])
             rows = tokens.shape[0] * tokens.shape[1]
+            self._steps.begin(self._phase, rows)
             shared = self.crew is not None and rows <= MAX_ROWS and torch.get_num_threads() > 1
             self._small = rows if shared else 0
             self._begun = time.perf_counter()
@@ -190,7 +190,9 @@ class TieredExperts:
         return recorded(self.cache, path, limit)
 
     def stats(self) -> dict[str, Any]:
-        """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase."""
+        """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase; how
+        small steps are split among threads, where that is on trial.
+        """
         phases = {
             phase.name.lower(): {
                 "steps": self._steps.steps[phase],
@@ -200,6 +202,8 @@ class TieredExperts:
             for phase in Phase
         }
         stats = {**self.cache.stats(), "phases": phases}
+        if self.trial is not None:
+            stats["split"] = {"now": self.trial.report(), "changes": self.trial.changes}
         return stats if self.lever is None else {**stats, "levers": self.lever.report()}
 
     def events(self) -> EventLog:

@@ -74,15 +74,13 @@ class LayerBackward:
 
     def results(self, norm: list[str]) -> tuple[torch.Tensor | None, ...]:
         """Gradients of hidden states [T, H], gate weights [T, K] and the parameters that `norm` names."""
-        order, top_k = self.routing.order, self.routing.top_k
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.size(0), device=order.device)
+        by_token, top_k = self.routing.by_token, self.routing.top_k
         of_hidden = of_weights = None
         if self.needs.hidden:
             shape = len(self.gradient), top_k, self._rows.size(-1)
-            of_hidden = self._rows[inverse].view(shape).sum(dim=1)
+            of_hidden = by_token(self._rows).view(shape).sum(dim=1)
         if self.needs.weights:
-            of_weights = self._of_gates[inverse].view(-1, top_k)
+            of_weights = by_token(self._of_gates).view(-1, top_k)
         of_norm: Fields = {}
         for number in sorted(self._of_norm, reverse=True):  # as autograd adds up the uses of a parameter
             for name, one in zip(self.needs.norm, self._of_norm[number], strict=True):
