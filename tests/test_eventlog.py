@@ -152,7 +152,7 @@ def damaged(tmp_path: Path, line: int, text: str | None) -> Path:
         (
             1,
             '{"format": "moetier event log", "version": 99}',
-            "line 1: event log version 99; this moetier reads 3 and 4",
+            "line 1: event log version 99; this moetier reads 3, 4, 5",
         ),
         (1, '{"format": "moetier event log", "version": 3}', "line 1: a damaged header"),
         (3, "{", "line 3: not an event"),

@@ -117,7 +117,8 @@ class Run:
         self.time += 1
         keys = tuple(ExpertKey(layer, expert) for expert in sorted(experts))
         access = Access(self.time, layer, keys, phase=phase, writes=writes, part=part)
-        needed_here = {key for key in access.keys if key in self.core.residents()}
+        below = self.core.core.updates_below and part is Part.UPDATE
+        needed_here = {key for key in access.keys if key in self.core.residents(1 if below else 0)}
         ticket = self.core.acquire(access)
         assert needed_here <= ticket.leased, "a resident that the access needs was not leased"
         if not ticket.done:
@@ -133,6 +134,7 @@ class Run:
         self.memory.use(key, ticket)
         dirty = dirty and all(other != key for _, other in self.held)  # two users must not both change a record
         dirty = dirty and ticket.access.writes
+        dirty = dirty and (not self.core.core.updates_below or key in ticket.in_place)
         saved = dirty and saved
         if dirty:
             self.memory.update(key, ticket)
@@ -264,7 +266,9 @@ class CoreMachine(RuleBasedStateMachine):
         top=tier_configs(True),
         lower=st.lists(tier_configs(False), max_size=2),
         in_place=st.booleans(),
-        exclusive=st.sampled_from([{}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]),
+        second=st.sampled_from(
+            [{}, {"updates": True}, {"exclusive": True, "spare": 2}, {"exclusive": True, "refill": True}]
+        ),
         writeback=st.sampled_from(WRITE_BACK),
         limit=st.sampled_from([None, None, 1, 3]),
     )
@@ -273,12 +277,12 @@ class CoreMachine(RuleBasedStateMachine):
         top: TierConfig,
         lower: list[TierConfig],
         in_place: bool,
-        exclusive: dict[str, Any],
+        second: dict[str, Any],
         writeback: str,
         limit: int | None,
     ) -> None:
         if lower:
-            lower[0] = replace(lower[0], **exclusive)
+            lower[0] = replace(lower[0], **second)
         self.run = Run([top, *lower], in_place, writeback, limit)
 
     @precondition(lambda self: len(self.run.live) < 3)
@@ -370,6 +374,8 @@ def random_tiers(random: Random) -> list[TierConfig]:
         tiers.append(TierConfig(slots, policy, admission, min(staging, slots - 1), random.choice([0, 0, 1, 2])))
     if len(tiers) > 1 and random.random() < 0.6:
         tiers[1] = replace(tiers[1], exclusive=True, spare=random.choice([0, 1, 2, 8]), refill=random.random() < 0.2)
+    elif len(tiers) > 1:
+        tiers[1] = replace(tiers[1], updates=random.random() < 0.7)
     return tiers
 
 
@@ -397,6 +403,8 @@ def random_step(run: Run, random: Random) -> None:
         layer = key.layer if random.random() < 0.5 else run.time % LAYERS
         experts = random.sample(range(EXPERTS), random.randint(1, EXPERTS))
         part = random.choice(list(Part)) if random.random() < 0.5 else Part.SERVE
+        if run.core.core.updates_below and random.random() < 0.4:
+            part = Part.UPDATE
         run.acquire(layer, experts, random.choice(list(Phase)), random.random() < 0.6, part)
     elif kind == "use" and ready:
         run.use(random.choice(ready))

@@ -21,8 +21,8 @@ from moetier.residency import Residency
 from moetier.tiers import Copy, Ticket, TierConfig
 
 FORMAT = "moetier event log"
-VERSION = 4
-READS = (3, 4)
+VERSION = 5
+READS = (3, 4, 5)
 
 Event = tuple[Any, ...]  # the name of a call and its arguments; tickets by number
 
@@ -83,7 +83,7 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ConfigError(f"{where}: not an event log of moetier")
     if header.get("version") not in READS:
-        known = " and ".join(map(str, READS))
+        known = ", ".join(map(str, READS))
         raise ConfigError(f"{where}: event log version {header.get('version')!r}; this moetier reads {known}")
     try:
         layers, experts, count = (_number(header[name]) for name in ("layers", "experts", "events"))
@@ -92,6 +92,7 @@ def _parse_header(where: str, line: str) -> tuple[EventLog, int]:
             _check(tier.slots, tier.staging, tier.floor, tier.spare)
             _flag(tier.exclusive)
             _flag(tier.refill)
+            _flag(tier.updates)
             if not (isinstance(tier.policy, str) and isinstance(tier.admission, str)):
                 raise ValueError("policies are given by name")
         writeback, limit = "evict", None  # before version 4

@@ -1,4 +1,5 @@
-"""Serving misses of tier 0 where they are, in tier 1, and what it means when records change there.
+"""Serving accesses in tier 1, and what it means when records change there: misses of tier 0 that stay where they are,
+and updates, in a tier that is for them.
 
 Part of the residency core: plain functions over its books.
 """
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from moetier.access import ExpertKey
 from moetier.misses import Miss, MissPolicy
-from moetier.tiers import LOADING, Entry, Ticket
+from moetier.tiers import LOADING, Entry, Ticket, classify
 from moetier.victims import room_in
 
 if TYPE_CHECKING:
@@ -32,13 +33,32 @@ def split(core: Residency, ticket: Ticket, missing: list[ExpertKey], misses: Mis
             chosen.remove(min(asked, key=lambda miss: (miss.source, -miss.tokens)).key)
     if not chosen:
         return missing
+    return _lease(core, ticket, missing, chosen)
+
+
+def below(core: Residency, ticket: Ticket) -> list[ExpertKey]:
+    """Lease what tier 1 has for an update, whose records are changed there only; returns the keys that need a slot of it.
+
+    Tier 0 has no part in it: its policy is not asked to expect such accesses.
+    """
+    access = ticket.access
+    for tier in core._lower:
+        tier.policy.on_access(access)
+    keys = list(access.keys)
+    core._wanted.update(keys)
+    classify(core._lower, keys, access)
+    return _lease(core, ticket, keys, set(keys))
+
+
+def _lease(core: Residency, ticket: Ticket, keys: list[ExpertKey], chosen: set[ExpertKey]) -> list[ExpertKey]:
+    """Lease those of the chosen keys that are in tier 1; returns the other keys."""
     ticket.in_place = frozenset(chosen)
-    below = core._tiers[1]
-    below.in_place += len(chosen)
+    lower = core._tiers[1]
+    lower.in_place += len(chosen)
     core._digest = hash((core._digest, *sorted(chosen)))
     waiting = []
-    for key in missing:
-        entry = below.entries.get(key) if key in chosen else None
+    for key in keys:
+        entry = lower.entries.get(key) if key in chosen else None
         if entry is None:
             waiting.append(key)
         else:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from moetier import endings, in_place, prefetching
-from moetier.access import Access, ExpertKey
+from moetier.access import Access, ExpertKey, Part
 from moetier.errors import CapacityError, ConfigError
 from moetier.exclusive import Exclusive
 from moetier.misses import MissPolicy
@@ -73,6 +73,7 @@ class Residency:
         self._exclusive: Exclusive | None = None
         if any(tier.config.exclusive for tier in self._lower):
             self._exclusive = Exclusive(self, self._top, self._tiers[1])
+        self.updates_below = any(tier.config.updates for tier in self._lower)
         self._orders = Orders()
         self.writing = WriteBacks(self, writeback, dirty_limit)
         self._dirty = self.writing.dirty
@@ -101,6 +102,9 @@ class Residency:
         top, layer = self._top, access.layer
         self._round += layer <= self._last.layer
         self._last = access
+        if self.updates_below and access.part is Part.UPDATE:
+            self._serve(ticket, in_place.below(self, ticket))
+            return ticket
         for tier in self._tiers:
             tier.policy.on_access(access)
         entries, on_hit = top.entries, top.policy.on_hit
@@ -120,6 +124,7 @@ class Residency:
                 lates += self._join(ticket, entry)
         top.hits[layer] += len(access.keys) - len(missing) - lates
         top.lates[layer] += lates
+        waiting = missing
         if missing:
             top.misses[layer] += len(missing)
             if self._lower:
@@ -127,16 +132,23 @@ class Residency:
                 classify(self._lower, missing, access)
             if self._exclusive is not None:
                 self._exclusive.due = True
-            ticket.waiting = missing if self.misses is None else in_place.split(self, ticket, missing, self.misses)
+            if self.misses is not None:
+                waiting = in_place.split(self, ticket, missing, self.misses)
+        self._serve(ticket, waiting)
+        self._digest = hash((self._digest, access.time, layer, len(missing), lates))
+        return ticket
+
+    def _serve(self, ticket: Ticket, waiting: list[ExpertKey]) -> None:
+        """What is there is leased; give slots to the rest, as far as there are."""
+        if waiting:
+            ticket.waiting = waiting
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
         if self._dirty:
-            if access.writes:
+            if ticket.access.writes:
                 self.writing.hold(ticket)
             self.writing.go()
-        self._digest = hash((self._digest, access.time, layer, len(missing), lates))
-        return ticket
 
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
         """The math is done with `key`; `dirty` if it changed the record, `saved` if it made home the same as the slot.
@@ -429,7 +441,7 @@ class Residency:
         if self._exclusive is not None and entry.place.tier < 2:
             self._exclusive.gone(entry)
         self.wasted_prefetches += entry.prefetched
-        if entry.dirty and entry.tier is not self._top and entry.key in self._top.entries:
+        if entry.dirty and not self.updates_below and entry.tier is not self._top and entry.key in self._top.entries:
             self._top.entries[entry.key].dirty, entry.dirty = True, False  # the same version stays above
         if entry.dirty:
             entry.state = LEAVING

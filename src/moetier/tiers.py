@@ -131,7 +131,9 @@ class TierConfig:
 
     Of tier 1 only: `exclusive` keeps a record once in tiers 0 and 1 where both are full (`exclusive.py`). The next
     `spare` victims of tier 0 are then copied down ahead of time; with `refill`, for a disk that is cheaper than the
-    link, what has left tier 0 is read from home again instead."""
+    link, what has left tier 0 is read from home again instead. With `updates` records are changed here and nowhere else:
+    accesses of `Part.UPDATE` are served in this tier, wherever else the record is, and what they change goes home from
+    here."""
 
     slots: int
     policy: str = "horizon"
@@ -141,6 +143,7 @@ class TierConfig:
     exclusive: bool = False
     spare: int = 0
     refill: bool = False
+    updates: bool = False
 
 
 def configure(
@@ -194,6 +197,8 @@ class Tier:
             raise ConfigError("spare and refill do nothing in a tier that is not exclusive")
         if config.exclusive and index != 1:
             raise ConfigError(f"tier 1 can be exclusive, towards tier 0; tier {index} cannot")
+        if config.updates and (index != 1 or config.exclusive):
+            raise ConfigError("updates are made in tier 1, below a tier 0 that shares its records with it")
         self.config, self.index = config, index
         ranked = config.slots - config.staging  # what is staged is none of the policy's business
         self.policy: EvictionPolicy = make_policy(config.policy, layers, experts, ranked)
