@@ -100,11 +100,11 @@ class Residency:
         if access.keys:
             self._live[ticket.number] = ticket
         top, layer = self._top, access.layer
-        self._round += layer <= self._last.layer
-        self._last = access
         if self.updates_below and access.part is Part.UPDATE:
             self._serve(ticket, in_place.below(self, ticket))
             return ticket
+        self._round += layer <= self._last.layer
+        self._last = access
         for tier in self._tiers:
             tier.policy.on_access(access)
         entries, on_hit = top.entries, top.policy.on_hit
@@ -320,13 +320,13 @@ class Residency:
         if entry.state is READY:
             ticket.ready.append(entry.key)
             return False
-        self._promote(entry.key)
+        self._promote(entry.key, entry.place.tier)
         entry.tickets.append(ticket)
         return True
 
-    def _promote(self, key: ExpertKey) -> None:
-        """What nobody waited for is demanded now: every load of its chain that has not ended."""
-        for tier in self._tiers:
+    def _promote(self, key: ExpertKey, first: int = 0) -> None:
+        """What nobody waited for is demanded now in tier `first`: every load of the chain up to it that has not ended."""
+        for tier in self._tiers[first:]:
             entry = tier.entries.get(key)
             if entry is not None and entry.state is LOADING:
                 copy = self._orders.copies[entry.copy]
