@@ -160,8 +160,7 @@ class ExpertCache:
                 if not self._owners:
                     self._errors.clear()  # nobody is left to be told
                 for lease in held:
-                    if self.device is not None and not lease.in_place:
-                        self.device.used(lease.slot)
+                    self._mark_used(lease)
                     if lease.dirty or lease.saved:  # half done or not: what is in the slot is the newest there is
                         self.core.release(ticket, lease.key, lease.dirty, lease.saved)
                 stopped = bool(held) or not ticket.done
@@ -260,10 +259,10 @@ class ExpertCache:
         times = (self.wait_seconds, self.exposed_seconds, self.compute_seconds, self.decide_seconds)
         return Clocks(0.0, *times, *self.mover.clocks())
 
-    def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
-        """Which of these are in the fastest tier, or on their way there."""
+    def holding(self, keys: Sequence[ExpertKey], all_tiers: bool = False) -> list[bool]:
+        """Which of these are in the fastest tier, or in any, or on their way there."""
         with self._condition:
-            return self.core.holding(keys)
+            return self.core.holding(keys, all_tiers)
 
     def prefetch(self, keys: Iterable[ExpertKey], displace: bool = False, most: int | None = None) -> int:
         """Begin to load those of `keys` that are not there, in this order, at most `most`; how many loads began.
@@ -365,9 +364,17 @@ class ExpertCache:
             self.pinning.observe(access, hits)
             self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
-    def _release(self, ticket: Ticket, lease: Lease) -> None:
-        if self.device is not None and not lease.in_place:
+    def _mark_used(self, lease: Lease) -> None:
+        """What is queued by now uses the slot; and after a change in place, the older copy that the device gives up."""
+        if self.device is None:
+            return
+        if not lease.in_place:
             self.device.used(lease.slot)
+        elif (lease.dirty or lease.saved) and self.core.holds(lease.key):
+            self.device.used(self.core.place(lease.key).slot)
+
+    def _release(self, ticket: Ticket, lease: Lease) -> None:
+        self._mark_used(lease)
         if ticket.access.writes:
             self.core.release(ticket, lease.key, lease.dirty, lease.saved)
         else:

@@ -37,7 +37,7 @@ def split(core: Residency, ticket: Ticket, missing: list[ExpertKey], misses: Mis
 
 
 def below(core: Residency, ticket: Ticket) -> list[ExpertKey]:
-    """Lease what tier 1 has for an update, whose records are changed there only; returns the keys that need a slot of it.
+    """Lease what tier 1 has for an update, which changes records there only; returns the keys that need a slot of it.
 
     Tier 0 has no part in it: its policy is not asked to expect such accesses.
     """

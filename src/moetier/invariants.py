@@ -138,7 +138,9 @@ def _check_dirty(core: Residency) -> None:
             below = [entry for entry in kept if entry.place.tier > dirty[0].place.tier and not entry.stale]
             assert not below, f"an old version of {key} is kept below the dirty one"
             assert dirty[0].place.tier < 2, f"{key} was changed in a tier where nothing computes"
-            assert dirty[0].place.tier or not core.updates_below, f"{key} is dirty in tier 0, and updates are made below"
+            assert dirty[0].place.tier or not core.updates_below, (
+                f"{key} is dirty in tier 0, and updates are made below"
+            )
             assert dirty[0].state is State.READY and key not in core._leaving, f"two newest versions of {key}"
         if key in core._leaving:
             same = core._tiers[:1] if core.updates_below else []  # copies of what leaves, and never newer

@@ -274,8 +274,10 @@ class Residency:
         """Whether `key` is in tier 0 or on its way there."""
         return key in self._top.entries
 
-    def holding(self, keys: Sequence[ExpertKey]) -> list[bool]:
-        """`holds` of many keys at once."""
+    def holding(self, keys: Sequence[ExpertKey], all_tiers: bool = False) -> list[bool]:
+        """`holds` of many keys at once; or whether any tier holds them."""
+        if all_tiers:
+            return [any(key in tier.entries for tier in self._tiers) for key in keys]
         return list(map(self._top.entries.__contains__, keys))
 
     @property
@@ -325,7 +327,7 @@ class Residency:
         return True
 
     def _promote(self, key: ExpertKey, first: int = 0) -> None:
-        """What nobody waited for is demanded now in tier `first`: every load of the chain up to it that has not ended."""
+        """What nobody waited for is demanded now in tier `first`: every load of the chain to it that has not ended."""
         for tier in self._tiers[first:]:
             entry = tier.entries.get(key)
             if entry is not None and entry.state is LOADING:

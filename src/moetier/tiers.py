@@ -131,9 +131,8 @@ class TierConfig:
 
     Of tier 1 only: `exclusive` keeps a record once in tiers 0 and 1 where both are full (`exclusive.py`). The next
     `spare` victims of tier 0 are then copied down ahead of time; with `refill`, for a disk that is cheaper than the
-    link, what has left tier 0 is read from home again instead. With `updates` records are changed here and nowhere else:
-    accesses of `Part.UPDATE` are served in this tier, wherever else the record is, and what they change goes home from
-    here."""
+    link, what has left tier 0 is read from home again instead. With `updates` records are changed here and nowhere
+    else: accesses of `Part.UPDATE` are served in this tier, wherever else the record is."""
 
     slots: int
     policy: str = "horizon"

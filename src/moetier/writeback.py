@@ -111,7 +111,9 @@ class WriteBacks:
         if not ticket.access.writes:
             raise MoetierError(f"{key} was changed by an access that only reads; give its Access writes=True")
         if self.core.updates_below and key not in ticket.in_place:
-            raise MoetierError(f"{key} was changed in tier 0, but updates are made in tier 1; give its Access Part.UPDATE")
+            raise MoetierError(
+                f"{key} was changed in tier 0, but updates are made in tier 1; give its Access Part.UPDATE"
+            )
         self.updates += 1
         self.failed.discard(key)
         if saved:

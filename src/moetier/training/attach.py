@@ -9,32 +9,29 @@ from typing import Any
 
 import torch
 
-from moetier.arenas import HostArena
+from moetier.arenas import DeviceArena
 from moetier.attach import bind, budgets, open_store, workload_of
-from moetier.cache import ExpertCache
 from moetier.errors import ConfigError, UnsupportedModelError
 from moetier.mapping import LayerMap
 from moetier.options import Options
-from moetier.plan import make_plan
 from moetier.prefetch_binding import OFF
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.residency import Residency
 from moetier.saving import save_streaming
 from moetier.stores.opening import find_packed
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
 from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
-from moetier.tiers import configure
 from moetier.training.ahead import StepAhead
 from moetier.training.allocator import give_large_blocks_back
-from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, as_planned, divide
-from moetier.training.caches import small_cache
+from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, divide, training_plan
+from moetier.training.caches import small_cache, weights_cache
 from moetier.training.engine import TrainingEngine
-from moetier.training.footprint import training_workspace_nbytes
+from moetier.training.footprint import beside_device_nbytes, device_workspace_nbytes, training_workspace_nbytes
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
+from moetier.training.outbound import Outbound
 from moetier.training.proxy import give_proxies
 from moetier.training.session import TrainingSession
 
@@ -44,7 +41,8 @@ def attach_training(
 ) -> None:
     """Open the run folder, allocate the arenas, and bind every experts module to its layer.
 
-    Raises `ConfigError`, `StoreError` and `CapacityError` where that cannot be; `UnsupportedModelError` on a GPU.
+    On a GPU experts are computed in slots of its memory, and updated in those of host memory. Raises `ConfigError`,
+    `StoreError` and `CapacityError` where that cannot be; `UnsupportedModelError` on devices that are no CUDA GPU.
     """
     device = one_device(model)
     assert options.train is not None
@@ -53,26 +51,33 @@ def attach_training(
     packed = find_packed(shards, layouts, options.store)
     workload = workload_of(model, maps, options, top_k, 0, packed)
     sizes = sizes_of(model, layouts, workload.slot_nbytes)
-    working = training_workspace_nbytes(model, modules, options.readers, options.context, top_k, sizes.gradients)
-    workload = replace(workload, workspace_nbytes=working)
     machine = budgets(options, device)
+    if machine.device_nbytes is None:
+        working = training_workspace_nbytes(model, modules, options.readers, options.context, top_k, sizes.gradients)
+    else:
+        sizes = replace(sizes, host=beside_device_nbytes(options.readers, sizes.weights, sizes.gradients))
+        working = device_workspace_nbytes(model, modules, options.context, top_k, sizes.weights)
+    workload = replace(workload, workspace_nbytes=working)
     division = divide(workload, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
-    plan = make_plan(as_planned(workload, sizes, division), machine, division.weights)
+    plan = training_plan(workload, machine, sizes, division)
     run = open_run(Path(options.train), shards, options, str(getattr(model.config, "_name_or_path", "")))
     opened: list[Any] = [run]
     try:
         base = open_store(packed, shards, maps, options)
         opened.insert(0, base)
         store = run.family("weights", layouts, experts=counts, base=base)
-        config = configure(division.weights, store.records, len(counts), top_k, policy_of(options), "always")
-        core = Residency([config], len(counts), max(counts), writeback=options.writeback)
-        weights = ExpertCache(store, core, HostArena(division.weights, store.slot_nbytes), readers=options.readers)
+        policy, writeback, slots = policy_of(options), options.writeback, division.device
+        weights = weights_cache(
+            store, division.weights, counts, top_k, options.readers, policy, writeback, slots, device
+        )
         opened[0] = weights
         scratch = ScratchStore(Path(options.train), [gradient_layout(layout) for layout in layouts], counts)
         gradients = small_cache(scratch, division.gradients, counts, options.readers)
         opened.insert(0, gradients)
-        proxies = give_proxies([module for _, module in modules])
-        engine = TrainingEngine(weights, gradients, proxies, counts)
+        proxies = give_proxies([module for _, module in modules], device)
+        outbound = Outbound(layouts, device) if isinstance(weights.device, DeviceArena) else None
+        engine = TrainingEngine(weights, gradients, proxies, counts, outbound)
+        opened[:0] = [outbound] if outbound is not None else []
         session = TrainingSession(
             model, run, engine, division.state_nbytes, division.state_slots, options.readers, options.writeback
         )
@@ -82,8 +87,8 @@ def attach_training(
         raise
     tiered = TieredExperts(weights, plan, maps, None)
     tiered.training, tiered.sink = session, engine
-    if division.weights < store.records and options.prefetch != OFF:
-        weights.ahead = StepAhead(core, tuple(counts), tiered.tape.coming)
+    if (division.device is not None or division.weights < store.records) and options.prefetch != OFF:
+        weights.ahead = StepAhead(weights.core, tuple(counts), tiered.tape.coming)
     bind(model, modules, tiered)
     save_streaming(model, shards, maps, changed=engine.settled)
     clear_with(model, engine)
@@ -100,9 +105,9 @@ def one_device(model: Any) -> torch.device:
     if len(devices) != 1:
         raise ConfigError(f"tiered experts need the rest of the model on one device, found {sorted(map(str, devices))}")
     device: torch.device = devices.pop()
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise UnsupportedModelError(
-            f"train: experts are trained on the CPU so far, and the model is on {device}; pass device='cpu'"
+            f"train: experts are trained on a CPU or a CUDA GPU, and the model is on {device}; pass device='cpu'"
         )
     return device
 

@@ -27,6 +27,7 @@ from moetier.training.leases import read_again
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
+from moetier.training.outbound import Outbound
 from moetier.training.proxy import Proxy
 
 Scale = Callable[[ExpertKey, float], float]
@@ -35,10 +36,20 @@ Scale = Callable[[ExpertKey, float], float]
 class TrainingEngine:
     """Trains the experts of one model, whose weights are in the cache `weights`: the sink of its backward.
 
-    `proxies` stand for the experts of each layer; `counts` are the experts of each.
+    `proxies` stand for the experts of each layer; `counts` are the experts of each. With an `outbound` gradients come
+    from a GPU: they are taken when they have arrived, all of them before backward ends.
     """
 
-    def __init__(self, weights: ExpertCache, gradients: ExpertCache, proxies: Sequence[Proxy], counts: Sequence[int]):
+    def __init__(
+        self,
+        weights: ExpertCache,
+        gradients: ExpertCache,
+        proxies: Sequence[Proxy],
+        counts: Sequence[int],
+        outbound: Outbound | None = None,
+    ):
+        self.outbound = outbound
+        self._unshown: set[int] = set()  # layers whose gradients may still be under way
         self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
         self.ledger: Ledger = Ledger(counts)
         self.applied: Applied | None = None
@@ -123,16 +134,47 @@ class TrainingEngine:
                 "before the first backward, or freeze them (model.requires_grad_(False), or the parameter `proxy` of "
                 "a layer's experts)"
             )
+        if self.outbound is None:
+            self._take(key, gradients)
+            return
+        if self.outbound.full:
+            self._receive(self.outbound)
+        self.outbound.send(key, gradients)
+
+    def _take(self, key: ExpertKey, gradients: Fields) -> None:
+        assert self.applied is not None
         if self.applied.when == "step":
             self.gradients.add(key, gradients)
         else:
             self._apply_at_once(key, gradients)
 
+    def _receive(self, outbound: Outbound) -> None:
+        with outbound.receive() as (key, gradients):
+            self._take(key, gradients)
+
     @contextmanager
     def collect(self, access: Access) -> Iterator[Callable[[ExpertKey, Fields], None]]:
-        """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients."""
+        """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients.
+
+        Gradients from a GPU go on arriving during the layers after it: then it does so when the whole backward ends.
+        """
         yield self.add
-        self.show(access.layer)
+        if self.outbound is None:
+            self.show(access.layer)
+            return
+        self._unshown.add(access.layer)
+        if torch._C._current_graph_task_id() == -1:
+            self.arrive()
+        else:
+            torch.autograd.Variable._execution_engine.queue_callback(self.arrive)
+
+    @torch.no_grad()
+    def arrive(self) -> None:
+        """Take all gradients that are still on their way from a GPU."""
+        while self.outbound is not None and self.outbound.under_way:
+            self._receive(self.outbound)
+        while self._unshown:
+            self.show(self._unshown.pop())
 
     def show(self, layer: int) -> None:
         """Make the norm of a layer's gradients so far the gradient of its proxy."""
@@ -147,7 +189,8 @@ class TrainingEngine:
     @property
     def pending(self) -> bool:
         """Whether there are gradients that no step has taken."""
-        return bool(self.gradients.squares or self._at_once)
+        under_way = self.outbound is not None and self.outbound.under_way
+        return bool(self.gradients.squares or self._at_once or under_way)
 
     def clear(self) -> None:
         """Forget all gradients that no step has taken. Raises `ConfigError` for such as were applied already."""
@@ -156,6 +199,9 @@ class TrainingEngine:
                 "update='backward': the gradients of this backward are in the experts already, so they cannot be "
                 "dropped; call optimizer.step() after every backward, or use update='step'"
             )
+        self._unshown.clear()
+        if self.outbound is not None:
+            self.outbound.drop()
         self.gradients.clear()
         for proxy in self.proxies:
             proxy.show(None)
@@ -292,7 +338,9 @@ class TrainingEngine:
         return self.weights.store
 
     def close(self) -> None:
-        """Stop what is the engine's own: the caches of gradients and states."""
+        """Stop what is the engine's own: the caches of gradients and states, and copies of gradients."""
+        if self.outbound is not None:
+            self.outbound.close()
         self.gradients.cache.close()
         if self.applied is not None and self.applied.state is not None:
             self.applied.state.close()

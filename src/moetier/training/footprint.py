@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moetier.sizing import BASE_WORKSPACE, READER_NBYTES
+from moetier.training.outbound import DEPTH, outbound_nbytes
 
 SHORT, LONG = 16, 48  # tokens of the two forwards
 LAYER_COPIES = 16  # hidden states that a decoder layer saves, where it cannot be measured
@@ -24,9 +25,33 @@ LOSS_COPIES = 2  # of the logits in float32 at once, beside what is saved of the
 def training_workspace_nbytes(
     model: Any, modules: list[tuple[str, Any]], threads: int, context: int, top_k: int, record_nbytes: int
 ) -> int:
-    """Working memory of a training step of `context` tokens: the stated constant, buffers, activations.
+    """Working memory of a training step of `context` tokens on the CPU: the stated constant, buffers, activations.
 
     `threads` read, as many write. `record_nbytes` is the fp32 gradient of an expert, of which two are on their way.
+    """
+    activations = activations_nbytes(model, modules, context, top_k)
+    return BASE_WORKSPACE + 2 * threads * READER_NBYTES + 2 * record_nbytes + activations
+
+
+def beside_device_nbytes(threads: int, slot_nbytes: int, record_nbytes: int) -> int:
+    """The part of it that stays on the host where the model is on a GPU: without activations, with page-locked buffers.
+
+    `slot_nbytes` is that of an expert's weights, whose dtype its gradient has on its way; in fp32 it takes
+    `record_nbytes`.
+    """
+    return BASE_WORKSPACE + 2 * threads * READER_NBYTES + record_nbytes + outbound_nbytes(slot_nbytes)
+
+
+def device_workspace_nbytes(
+    model: Any, modules: list[tuple[str, Any]], context: int, top_k: int, slot_nbytes: int
+) -> int:
+    """Working memory of a training step on a GPU: activations, and gradients until they are copied to the host."""
+    return BASE_WORKSPACE + (DEPTH + 1) * slot_nbytes + activations_nbytes(model, modules, context, top_k)
+
+
+def activations_nbytes(model: Any, modules: list[tuple[str, Any]], context: int, top_k: int) -> int:
+    """What `context` tokens take from forward to backward.
+
     Where all that is saved is in memory, either the loss or a layer's experts are at work.
     """
     config = model.config.get_text_config()
@@ -34,7 +59,7 @@ def training_workspace_nbytes(
     rows = ROW_COPIES * top_k * int(config.hidden_size) * itemsize
     loss = LOSS_COPIES * int(getattr(config, "vocab_size", 0)) * 4
     per_token = saved_per_token(model, modules) + max(rows, loss)
-    return BASE_WORKSPACE + 2 * threads * READER_NBYTES + 2 * record_nbytes + int(context * per_token)
+    return int(context * per_token)
 
 
 def saved_per_token(model: Any, modules: list[tuple[str, Any]]) -> float:
@@ -59,7 +84,7 @@ def _saved_nbytes(model: Any, modules: list[tuple[str, Any]], tokens: int) -> in
             kept[storage.data_ptr()] = storage
         return tensor
 
-    ids = torch.zeros(1, tokens, dtype=torch.long)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(model.parameters()).device)
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with _without_experts(modules), torch.enable_grad(), saving:
         model(input_ids=ids, labels=ids, use_cache=False)

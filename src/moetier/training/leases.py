@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from moetier.access import Access, ExpertKey, Part, Phase
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache, Lease, WritableLease
 
 
 def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True) -> Access:
@@ -19,7 +19,7 @@ def leased(cache: ExpertCache, key: ExpertKey) -> Iterator[Lease]:
     """A lease on one record for the length of a block. Set its `dirty` as soon as the record is changed."""
     stream = cache.stream(access_of(key.layer, (key,)))
     try:
-        yield next(stream)
+        yield _alone(cache, next(stream))
         for _ in stream:  # gives the lease back
             raise AssertionError("one key, one lease")
     finally:
@@ -37,11 +37,19 @@ def together(
     stream = first.stream(access_of(layer, keys))
     try:
         for lease in stream:
+            _alone(first, lease)
             with ExitStack() as stack:
                 rest = [stack.enter_context(leased(cache, lease.key)) for cache in others]
                 yield (lease, *rest)
     finally:
         stream.close()  # type: ignore[attr-defined]
+
+
+def _alone(cache: ExpertCache, lease: Lease) -> Lease:
+    """A lease whose record may be changed: no copy to a device reads it any more."""
+    if lease.in_place:
+        cache.host.wait_unread(lease.slot)
+    return lease
 
 
 def read_again(cache: ExpertCache, counts: Sequence[int]) -> None:
@@ -52,8 +60,11 @@ def read_again(cache: ExpertCache, counts: Sequence[int]) -> None:
     store = cache.store
     for layer, count in enumerate(counts):
         keys = [ExpertKey(layer, expert) for expert in range(count)]
-        held = [key for key, holds in zip(keys, cache.holding(keys), strict=True) if holds]
+        held = [key for key, holds in zip(keys, cache.holding(keys, all_tiers=True), strict=True) if holds]
         for lease in cache.stream(access_of(layer, held)) if held else ():
+            _alone(cache, lease)
             into = cache.host.memory(lease.slot, store.phase(lease.key), store.layout(layer).nbytes)
             for segment in range(store.segments(lease.key)):
                 store.read(lease.key, segment, into)
+            if lease.in_place and isinstance(lease, WritableLease):
+                lease.saved = True  # what the device has of it is of no use any more

@@ -29,9 +29,9 @@ NAME = "proxy"
 class Proxy(torch.nn.Module):
     """The parameter `weight`, a float32 scalar, that stands for a layer's experts. Never part of a state dict."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.weight = torch.nn.Parameter(torch.zeros((), dtype=torch.float32, device=device))
         self._norm: float | None = None
 
     @property
@@ -56,7 +56,7 @@ class Proxy(torch.nn.Module):
         """
         if self._norm is None or self.weight.grad is None:
             return 1.0
-        shown, now = torch.full_like(self.weight, self._norm).item(), self.weight.grad.item()
+        shown, now = torch.tensor(self._norm, dtype=self.weight.dtype).item(), self.weight.grad.item()
         if shown == now or math.isnan(shown):
             return 1.0
         if shown == 0:
@@ -74,11 +74,11 @@ class Proxy(torch.nn.Module):
         return
 
 
-def give_proxies(modules: Sequence[torch.nn.Module]) -> list[Proxy]:
-    """Register a proxy in every experts module, as its child `proxy`."""
+def give_proxies(modules: Sequence[torch.nn.Module], device: torch.device | None = None) -> list[Proxy]:
+    """Register a proxy in every experts module, as its child `proxy`, on the device of the other parameters."""
     proxies = []
     for module in modules:
-        proxy = Proxy()
+        proxy = Proxy(device)
         module.add_module(NAME, proxy)
         proxies.append(proxy)
     return proxies

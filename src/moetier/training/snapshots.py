@@ -123,6 +123,7 @@ def optimizer_snapshot(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorFile, saved: Mapping[str, Any]) -> None:
     """Put the state back, every tensor with the bits and the dtype that it had. Raises `StoreError`."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    group_of = [group for group in optimizer.param_groups for _ in group["params"]]
     groups = saved["groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in optimizer.param_groups]:
         raise StoreError(
@@ -136,10 +137,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: TensorFile, sav
     for full, tensor in tensors.items():
         number, _, name = full.partition(".")
         parameter = parameters[int(number)]
-        # torch keeps counts of steps where they are made, on the CPU
-        optimizer.state[parameter][name] = (
-            tensor.clone() if tensor.dim() == 0 else tensor.to(parameter.device, copy=True)
-        )
+        # torch keeps counts of steps on the CPU, but where kernels on a GPU read them
+        here = name == "step" and not (group_of[int(number)].get("fused") or group_of[int(number)].get("capturable"))
+        optimizer.state[parameter][name] = tensor.to("cpu" if here else parameter.device, copy=True)
     for text, entries in saved["values"].items():
         optimizer.state[parameters[int(text)]].update(entries)
 

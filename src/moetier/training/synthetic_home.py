@@ -19,21 +19,18 @@ from typing import Any
 import torch
 
 from moetier.access import ExpertKey
-from moetier.arenas import HostArena, HostTierArena
 from moetier.attach import bind
 from moetier.cache import ExpertCache
 from moetier.errors import CapacityError, ConfigError
 from moetier.hf import NAME
 from moetier.plan import Machine, Workload, format_size, make_plan
 from moetier.record import PAGE, RecordLayout, round_up
-from moetier.residency import Residency
 from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
 from moetier.tiered import TieredExperts
-from moetier.tiers import configure
 from moetier.training.ahead import StepAhead
 from moetier.training.attach import clear_with
-from moetier.training.caches import small_cache
+from moetier.training.caches import small_cache, weights_cache
 from moetier.training.engine import TrainingEngine
 from moetier.training.gradients import gradient_layout
 from moetier.training.lookahead import CachePrefetch, Lookahead
@@ -52,8 +49,8 @@ class Home:
     """Where experts are kept. Without a `folder` in a temporary one, which is gone afterwards.
 
     `host_slots` are those of weights, and as many again of optimizer states and of gradients; or as many of each as
-    `host_memory` bytes hold. With `device_slots` the weights have a first tier above them (a second arena in host
-    memory: experts are trained on the CPU).
+    `host_memory` bytes hold. With `device_slots` the weights have a first tier above them, from which is computed as
+    with a GPU (a second arena in host memory: this trainer is for the CPU).
     """
 
     folder: Path | None = None
@@ -117,7 +114,7 @@ class Tiered:
         tiered = TieredExperts(self._weights, _plan(settings, slots, store.slot_nbytes), [], None)
         tiered.training, tiered.sink = self._session, engine
         self._engine = engine
-        if home.prefetch and slots < sum(counts):
+        if home.prefetch and (home.device_slots is not None or slots < sum(counts)):
             self._weights.ahead = StepAhead(self._weights.core, tuple(counts), tiered.tape.coming)
         bind(self.model, modules, tiered)
         clear_with(self.model, engine)
@@ -148,15 +145,9 @@ class Tiered:
 
     def _cache(self, settings: Settings, store: Any, counts: list[int], slots: int) -> ExpertCache:
         """One tier in host memory, or two."""
-        home, records = self._home, sum(counts)
-        sizes = [n for n in (home.device_slots, slots) if n is not None]
-        configs = [
-            configure(min(n, records), records, len(counts), settings.top_k, home.policy, "always") for n in sizes
-        ]
-        core = Residency(configs, len(counts), max(counts), writeback=home.writeback)
-        host = HostArena(configs[-1].slots, store.slot_nbytes)
-        device = HostTierArena(configs[0].slots, store.slot_nbytes) if len(configs) > 1 else None
-        cache = ExpertCache(store, core, host, device, home.readers)
+        home = self._home
+        above = None if home.device_slots is None else min(home.device_slots, sum(counts))
+        cache = weights_cache(store, slots, counts, settings.top_k, home.readers, home.policy, home.writeback, above)
         self._opened.callback(cache.close)
         return cache
 
