@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from moetier.arenas import DeviceArena, HostArena
+from moetier.training.outbound import Outbound
 
 
 class FakeCuda:
@@ -33,6 +34,17 @@ class FakeCuda:
         self.default = self.stream()
         self.compute: list[FakeStream] = [self.default]
         self.host_waits = self.ticks = 0
+        self.recorded: dict[int, set[FakeStream]] = {}  # address of a tensor -> other streams that use it
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """A tensor is dropped: the allocator gives its memory to the kernels that the current stream gets next.
+
+        It waits for what other streams have queued, if the tensor was recorded on them.
+        """
+        with self.lock:
+            for stream in self.recorded.pop(tensor.data_ptr(), ()):
+                self.current().wait_stream(stream)
+            self.current().queue.append(lambda: tensor.view(torch.uint8).fill_(255))
 
     def stream(self, device: Any = None, **_: Any) -> FakeStream:
         with self.lock:
@@ -162,7 +174,9 @@ def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, haste: float = 0.05)
         ("cudart", lambda: SimpleNamespace(cudaHostUnregister=lambda address: 0)),
     ]:
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: None)
+    record = lambda self, stream: cuda.recorded.setdefault(self.data_ptr(), set()).add(stream)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", record)
     monkeypatch.setattr(HostArena, "_lock_pages", lambda self: True)
-    monkeypatch.setattr(DeviceArena, "_copy", lambda self, target, source: cuda.launch(lambda: target.copy_(source)))
+    for kind in (DeviceArena, Outbound):
+        monkeypatch.setattr(kind, "_copy", lambda self, target, source: cuda.launch(lambda: target.copy_(source)))
     return cuda
