@@ -90,7 +90,8 @@ OPTIONS = {
         "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE"
     ),
     "train lm": (
-        "--accumulation --aux-loss --batch-size --commit-every --config --dtype --epochs --eval-every --eval-texts "
+        "--accumulation --aux-loss --batch-size --commit-every --config --device --device-memory --dtype --epochs "
+        "--eval-every --eval-texts "
         "--export --from-scratch --gradient-checkpointing --gradient-slots --help --host-memory --idle --io --json "
         "--keep --log-every --lr --max-grad-norm --no-prefetch --optim --out --policy --prefetch --quiet --readers "
         "--resume --revision --schedule --seed --sequence-length --slots --state-slots --steps --store --tensorboard "
@@ -454,7 +455,9 @@ def test_plan_refuses_the_same_flags(flags: str, folder: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-@pytest.mark.parametrize("command", [("run", PROMPT), ("plan",)], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("run", PROMPT), ("plan",), ("train", __file__, "--out", "somewhere")], ids=lambda c: c[0]
+)
 def test_a_gpu_that_is_not_there(command: tuple[str, ...], folder: Path) -> None:
     result = call(command[0], folder, *command[1:], "--device", "cuda", code=2)
     assert "--device cuda: " in said(result)

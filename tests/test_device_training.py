@@ -60,14 +60,19 @@ def check_traffic(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "slots", "update"),
-    [("sgd", 2, "step"), ("momentum", 1, "step"), ("adamw", 6, "step"), ("adamw", 3, "backward"), ("sgd", 24, "step")],
+    ("kind", "slots", "update", "late"),
+    [
+        ("sgd", 2, "step", False),
+        ("momentum", 1, "step", True),
+        ("adamw", 6, "step", True),
+        ("adamw", 3, "backward", True),
+        ("adamw", 24, "backward", False),
+    ],
 )
-@pytest.mark.parametrize("late", [False, True], ids=["host", "late"])
 def test_a_plain_loop(
     kind: str, slots: int, update: str, late: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step uses more experts of a layer than most of these have slots."""
+    """Every step uses more experts of a layer than most of these have slots, on the device and in host memory."""
     if late:
         kernels_at_once(monkeypatch, late_device(monkeypatch, slots))
     model = trained(slots=slots, host_memory=few_host_slots(trained))
@@ -84,8 +89,7 @@ def test_a_plain_loop(
     check_traffic(model)
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["host", "late"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("late", "reentrant"), [(False, True), (True, False)])
 def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
     late: bool, reentrant: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,8 +114,7 @@ def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
     check_traffic(model)
 
 
-@pytest.mark.parametrize("idle", ["dense", "skip"])
-@pytest.mark.parametrize("experts", [None, "adafactor"])
+@pytest.mark.parametrize(("idle", "experts"), [("dense", "adafactor"), ("skip", None)])
 def test_half_precision_and_other_optimizers_as_with_one_tier(idle: Any, experts: str | None, trained: Get) -> None:
     found = []
     for stand_in in (True, False):
@@ -127,17 +130,13 @@ def test_half_precision_and_other_optimizers_as_with_one_tier(idle: Any, experts
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["host", "late"])
-def test_stopped_resumed_and_gone_back(
-    late: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_resumed_and_gone_back(checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other sizes after a stop, with a device and without, and back to a step in the same process: the same bits."""
-    if late:
-        kernels_at_once(monkeypatch, late_device(monkeypatch, 7))
+    kernels_at_once(monkeypatch, late_device(monkeypatch, 7))
     plain = load_reference(checkpoint(NAME, torch.float32))
     whole = loop(plain, torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True), range(6))
     losses = []
-    for begin, end, options in ((0, 2, {}), (2, 4, {"slots": 5}), (4, 6, {"slots": 9, "stand_in": late})):
+    for begin, end, options in ((0, 2, {}), (2, 4, {"slots": 5}), (4, 6, {"slots": 9, "stand_in": False})):
         model = trained("run", **options)
         optimizer = moetier.AdamW(model, lr=0.01, fused=True)
         found = optimizer.resume()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import moetier
+from device_training import kernels_at_once, late_device, two_tiers
 from families import VOCAB
+from moetier.training.trainer import check_device
 from training import NAME, assert_close, batch, load_reference, load_trained, model_class, trained_experts
 
 Get = Callable[..., Any]
@@ -362,6 +365,38 @@ def test_a_step_of_a_plain_loop_is_not_taken_for_one_of_the_trainer(runs: Runs) 
     model.moetier.close()
     with pytest.raises(moetier.ConfigError, match=r"step 1 was not made by moetier\.Trainer"):
         runs.trainer().train(resume_from_checkpoint=True)
+
+
+def test_the_device_is_where_the_model_is(runs: Runs, tmp_path: Path) -> None:
+    """What a machine with GPUs says when model and arguments do not go together."""
+    model = load_trained(runs.checkpoint, runs.folder / "run")
+    runs.models.append(model)
+    gpu = SimpleNamespace(device=torch.device("cuda", 0), n_gpu=1)
+    with pytest.raises(moetier.ConfigError, match="was loaded to cpu, .* compute on cuda:0; pass use_cpu=True"):
+        check_device(gpu, model)
+    there = SimpleNamespace(device=torch.device("cuda", 0))
+    check_device(gpu, there)
+    with pytest.raises(moetier.ConfigError, match="n_gpu: Trainer would copy the model to 2 GPUs"):
+        check_device(SimpleNamespace(device=torch.device("cuda", 0), n_gpu=2), there)
+    with pytest.raises(moetier.ConfigError, match="was loaded to cuda:0, .* compute on cpu; load the model"):
+        check_device(SimpleNamespace(device=torch.device("cpu"), n_gpu=0), there)
+
+
+def test_experts_on_a_late_device(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Trainer with a stand-in for a GPU: the losses of one tier, to the bit."""
+    found = []
+    for late in (False, True):
+        with monkeypatch.context() as patch:
+            if late:
+                kernels_at_once(patch, late_device(patch, 5))
+                two_tiers(patch)
+            model = load_trained(runs.checkpoint, tmp_path / f"run{late}", slots=3)
+            runs.models.append(model)
+            trainer = made(moetier.Trainer, model, arguments(tmp_path / f"out{late}", max_steps=3))
+            trainer.train()
+            found.append(losses(trainer))
+            model.moetier.close()
+    assert found[0] == found[1]
 
 
 def test_the_plain_trainer_trains_but_does_not_resume_in_silence(runs: Runs, tmp_path: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetier.errors import CapacityError, ConfigError
 from moetier.plan import Machine, Workload, make_plan
-from moetier.training.budget import Sizes, as_planned, divide, fixed_nbytes
+from moetier.training.budget import Sizes, as_planned, divide, fixed_nbytes, training_plan
 
 SIZES = Sizes(weights=4096, state=8192, gradients=4096, resident=3.0)
 
@@ -56,3 +58,30 @@ def test_what_is_asked_for_holds_and_the_others_follow_the_weights() -> None:
     assert (division.weights, division.state_slots, division.gradients) == (16, 3, 32)
     with pytest.raises(ConfigError, match="neither a number of slots nor a share"):
         divide(workload(), Machine(0), SIZES, weights=16, state="few")
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(1, 500), st.integers(0, 3_000_000), st.integers(0, 10_000_000))
+def test_with_a_device_both_stay_within_their_budgets(records: int, device: int, host: int) -> None:
+    """Resident weights and activations are on the device only, states and gradients on the host only."""
+    load, machine, sizes = workload(records), Machine(host, device), replace(SIZES, host=3_000)
+    try:
+        division = divide(load, machine, sizes)
+    except CapacityError as error:
+        short = "device_memory" if device < fixed_nbytes(load, SIZES) + 4096 else "host_memory"
+        assert str(error).startswith(short) and (short != "host_memory" or host < 3_000 + 16384)
+        return
+    plan = training_plan(load, machine, sizes, division)
+    assert plan.device_total_nbytes <= device and plan.host_total_nbytes <= host
+    assert [tier.slots for tier in plan.tiers] == [division.device, division.weights]
+    assert division.device == records or plan.device_total_nbytes > device - 4096
+    assert division.weights == records or plan.host_total_nbytes > host - 16384
+
+
+def test_with_a_device_slots_are_its_own() -> None:
+    division = divide(workload(), Machine(3 * 16384, 0), SIZES, weights="25%", gradients=5)
+    assert (division.device, division.weights, division.gradients) == (16, 3, 5)
+    least = fixed_nbytes(workload(), SIZES) + 4096
+    with pytest.raises(CapacityError, match=rf"device_memory .* \({least} bytes\).* activations of 16 tokens"):
+        divide(workload(), Machine(10**9, least - 1), SIZES)
+    assert divide(workload(), Machine(10**9, least), SIZES).device == 1

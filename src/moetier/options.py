@@ -37,8 +37,8 @@ class Options:
     `max_rank`, `max_mass` and `drop_misses` are the lossy levers, off by default: see `moetier.levers.Levers`.
 
     `train` is the folder of a training run: a new one, or one to go on with, from its last checkpoint or from
-    `train_step` (docs/training.md). `slots` are then those of weights; `state_slots` and `gradient_slots` those of
-    optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
+    `train_step` (docs/training.md). `slots` are then those of weights, on a GPU those in its memory; `state_slots` and
+    `gradient_slots` those of optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
     `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder. Left alone, `policy` is "zigzag"
     in training.
     """

@@ -55,6 +55,14 @@ def check_device(name: str | None, must_exist: bool = True) -> None:
         raise ConfigError(f"--device {name}: torch sees {found} GPUs; leave the flag out to take what there is")
 
 
+def device_of(name: str | None) -> str:
+    """Where to compute, by `--device`: the first GPU if there is one, else the CPU. Raises `ConfigError`."""
+    import torch
+
+    check_device(name)
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def unused_on_cpu(device: str | None, options: Options) -> list[str]:
     """Warnings of options that say something about a GPU, where the model computes on the CPU."""
     import torch

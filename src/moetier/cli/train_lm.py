@@ -28,7 +28,7 @@ from rich.console import Console
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_writable, write_text
-from moetier.cli.loading import find, import_libraries, load_tokenizer, loaded
+from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
 from moetier.cli.train_report import Teller, report, show
 from moetier.errors import ConfigError, StoreError
@@ -118,8 +118,11 @@ def language_model(
         typer.Option("--gradient-checkpointing", help="Compute activations again in backward.", rich_help_panel=_LOOP),
     ] = False,
     seed: Annotated[int, _number("Of the order of the data, of dropout, of random weights.", _LOOP, 0)] = 0,
+    device_memory: o.DeviceMemory = None,
     host_memory: o.HostMemory = None,
-    slots: Annotated[str | None, _text("Experts in memory: a number, or a share such as 25%.", _MEMORY, "N|N%")] = None,
+    slots: Annotated[
+        str | None, _text("Experts in memory (with a GPU, in its memory): a number, or a share.", _MEMORY, "N|N%")
+    ] = None,
     state_slots: Annotated[
         str | None, _text("The same for optimizer states. Default: as --slots.", _MEMORY, "N|N%")
     ] = None,
@@ -143,6 +146,7 @@ def language_model(
         str,
         _text("Of the weights: auto (as stored), float32, or bfloat16 with float32 masters.", _MACHINE),
     ] = "auto",
+    device: o.Device = None,
     threads: o.Threads = None,
     revision: o.Revision = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -205,6 +209,7 @@ def language_model(
         tiering: dict[str, Any] = {
             "train": str(folder / "run"),
             "keep": keep,
+            "device_memory": device_memory,
             "host_memory": host_memory,
             "slots": slots,
             "state_slots": state_slots,
@@ -219,10 +224,14 @@ def language_model(
         }
         from moetier.options import Options
 
-        Options(**tiering).check()
+        options = Options(**tiering)
+        options.check()
+        device = device_of(device)
+        for line in [] if quiet else unused_on_cpu(device, options):
+            say("warning", line)
         if isinstance(found, Path):
             found = checked(initial(found, folder, settings, resume, console, trust_remote_code))
-        tiering |= {"device": "cpu", "dtype": dtype} | ({"trust_remote_code": True} if trust_remote_code else {})
+        tiering |= {"device": device, "dtype": dtype} | ({"trust_remote_code": True} if trust_remote_code else {})
         begin = time.perf_counter()
         lm = stack.enter_context(loaded(found, console, verbose, **tiering))
         from moetier.training.lm import LanguageModelTraining
@@ -237,6 +246,7 @@ def language_model(
             say("warning", f"sequences of {sequence_length} tokens, but the model is made for {longest}")
         places: dict[str, Any] = {"model": absolute(model), "texts": [absolute(t) for t in texts], "out": absolute(out)}
         places |= {"eval_texts": [absolute(t) for t in eval_texts or []], "resume": None, "json_file": None}
+        places |= {"device": device}  # a run goes on where it began, unless it is told otherwise
         places |= {"steps": steps, "epochs": epochs, "tokenizer": absolute(tokenizer) if tokenizer else None}
         for name, place in {"export": export, "tensorboard": tensorboard}.items():
             places[name] = None if place is None else os.path.abspath(os.path.expanduser(place))

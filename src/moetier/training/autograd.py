@@ -158,7 +158,9 @@ class _Experts(torch.autograd.Function):
             layer = LayerBackward(kept.module, kept.autocast, hidden, Routing(index, weights), gradient, needs)
             access = kept.tiered.again(ctx.use.access)
             collect = nullcontext() if kept.sink is None or not needs.experts else kept.sink.collect(access)
-            leases = cast("Generator[list[Lease], None, None]", cache.batches(access))
+            # one by one above a tier of updates: those during backward come when the device's lease has ended
+            limit = None if cache.device is None else 1
+            leases = cast("Generator[list[Lease], None, None]", cache.batches(access, limit))
             with collect as add, closing(leases):
                 for batch in leases:
                     for lease in batch:

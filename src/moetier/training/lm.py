@@ -163,7 +163,7 @@ class LanguageModelTraining:
         return Evaluation(self.step, total / len(blocks))
 
     def _ids(self, blocks: Blocks, which: Any) -> torch.Tensor:
-        return torch.from_numpy(blocks.tokens[which].astype(np.int64))
+        return torch.from_numpy(blocks.tokens[which].astype(np.int64)).to(self.model.device)
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 

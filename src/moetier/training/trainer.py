@@ -60,6 +60,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             )
         args = transformers.TrainingArguments("tmp_trainer") if args is None else args
         check_arguments(args)
+        check_device(args, model)
         self._session: TrainingSession = session
         if args.torch_compile:
             compile_around_experts(model)
@@ -269,10 +270,6 @@ def compile_around_experts(model: Any) -> None:
 def check_arguments(args: Any) -> None:
     """Raise `ConfigError` for arguments of Trainer that tiered experts in training do not allow."""
     refused = {
-        "use_cpu=False": (
-            args.device.type != "cpu",
-            "experts are trained on the CPU so far; pass use_cpu=True",
-        ),
         "world_size": (args.world_size > 1, "a run folder is trained by one process; start one"),
         "push_to_hub": (args.push_to_hub, "a tiered model is saved to a folder; save_model, and upload that"),
         "auto_find_batch_size": (
@@ -293,6 +290,19 @@ def check_arguments(args: Any) -> None:
     for name, (wrong, why) in refused.items():
         if wrong:
             raise ConfigError(f"{name}: {why}")
+
+
+def check_device(args: Any, model: Any) -> None:
+    """Raise `ConfigError` where Trainer would compute elsewhere than the model was loaded to, or on several GPUs."""
+    here, there = model.device, args.device
+    if (here.type, here.index or 0) != (there.type, there.index or 0):
+        way = "pass use_cpu=True" if here.type == "cpu" else "load the model with device=, or leave use_cpu out"
+        raise ConfigError(f"the model was loaded to {here}, and Trainer's arguments compute on {there}; {way}")
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"n_gpu: Trainer would copy the model to {args.n_gpu} GPUs, and a run folder is trained on one; set "
+            "CUDA_VISIBLE_DEVICES to one of them"
+        )
 
 
 def check_optimizer(optimizer: Any, args: Any) -> None:
