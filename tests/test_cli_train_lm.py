@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from typer.testing import CliRunner
 
+from device_training import two_tiers
 from moetier.cli import app
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
@@ -142,8 +143,11 @@ def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatc
         )
     again = re.search(r"go on with: moetier train (.*)", stopped.stderr)
     assert again is not None and "step 5 of 9 is committed" in stopped.stderr
-    shown = said(call(*again[1].split(), "--json", rest, "--no-prefetch", "--slots", "100%"))
-    assert "goes on from step 5" in shown
+    assert 'device = "cpu"' in (tmp_path / "run" / "train.toml").read_text()
+    with monkeypatch.context() as patch:
+        two_tiers(patch)  # a stand-in for a GPU has the same bits
+        shown = said(call(*again[1].split(), "--json", rest, "--slots", 5, "--state-slots", 4))
+    assert "5 of 16 experts in device memory" in shown and "goes on from step 5" in shown
     assert json.loads(part.read_text())["stopped"] == "SIGTERM"
     assert losses(part) + losses(rest) == losses(whole)
     ends = [json.loads(file.read_text())["evaluations"][-1] for file in (rest, whole)]

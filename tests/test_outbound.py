@@ -221,7 +221,7 @@ def test_a_device_slot_is_given_up_after_its_kernels(broken: bool, monkeypatch: 
     if broken:
         mark = ExpertCache._mark_used
         monkeypatch.setattr(
-            ExpertCache, "_mark_used", lambda self, lease: None if lease.in_place else mark(self, lease)
+            ExpertCache, "_mark_used", lambda self, device, lease: None if lease.in_place else mark(self, device, lease)
         )
     key = ExpertKey(0, 3)
     for lease in run.weights.stream(run.access(0, [3], Part.FORWARD)):

@@ -372,13 +372,13 @@ def test_the_device_is_where_the_model_is(runs: Runs, tmp_path: Path) -> None:
     model = load_trained(runs.checkpoint, runs.folder / "run")
     runs.models.append(model)
     gpu = SimpleNamespace(device=torch.device("cuda", 0), n_gpu=1)
-    with pytest.raises(moetier.ConfigError, match="was loaded to cpu, .* compute on cuda:0; pass use_cpu=True"):
+    with pytest.raises(moetier.ConfigError, match=r"was loaded to cpu, .* compute on cuda:0; pass use_cpu=True"):
         check_device(gpu, model)
     there = SimpleNamespace(device=torch.device("cuda", 0))
     check_device(gpu, there)
     with pytest.raises(moetier.ConfigError, match="n_gpu: Trainer would copy the model to 2 GPUs"):
         check_device(SimpleNamespace(device=torch.device("cuda", 0), n_gpu=2), there)
-    with pytest.raises(moetier.ConfigError, match="was loaded to cuda:0, .* compute on cpu; load the model"):
+    with pytest.raises(moetier.ConfigError, match=r"was loaded to cuda:0, .* compute on cpu; load the model"):
         check_device(SimpleNamespace(device=torch.device("cpu"), n_gpu=0), there)
 
 

@@ -160,7 +160,8 @@ class ExpertCache:
                 if not self._owners:
                     self._errors.clear()  # nobody is left to be told
                 for lease in held:
-                    self._mark_used(lease)
+                    if self.device is not None:
+                        self._mark_used(self.device, lease)
                     if lease.dirty or lease.saved:  # half done or not: what is in the slot is the newest there is
                         self.core.release(ticket, lease.key, lease.dirty, lease.saved)
                 stopped = bool(held) or not ticket.done
@@ -364,17 +365,16 @@ class ExpertCache:
             self.pinning.observe(access, hits)
             self._start_orders()  # what is unpinned may serve an access that waits for a slot
 
-    def _mark_used(self, lease: Lease) -> None:
+    def _mark_used(self, device: DeviceArena | HostTierArena, lease: Lease) -> None:
         """What is queued by now uses the slot; and after a change in place, the older copy that the device gives up."""
-        if self.device is None:
-            return
         if not lease.in_place:
-            self.device.used(lease.slot)
+            device.used(lease.slot)
         elif (lease.dirty or lease.saved) and self.core.holds(lease.key):
-            self.device.used(self.core.place(lease.key).slot)
+            device.used(self.core.place(lease.key).slot)
 
     def _release(self, ticket: Ticket, lease: Lease) -> None:
-        self._mark_used(lease)
+        if self.device is not None:
+            self._mark_used(self.device, lease)
         if ticket.access.writes:
             self.core.release(ticket, lease.key, lease.dirty, lease.saved)
         else:

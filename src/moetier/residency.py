@@ -100,16 +100,17 @@ class Residency:
         if access.keys:
             self._live[ticket.number] = ticket
         top, layer = self._top, access.layer
+        keys, waiting = access.keys, []
         if self.updates_below and access.part is Part.UPDATE:
-            self._serve(ticket, in_place.below(self, ticket))
-            return ticket
-        self._round += layer <= self._last.layer
-        self._last = access
-        for tier in self._tiers:
-            tier.policy.on_access(access)
+            keys, waiting = (), in_place.below(self, ticket)
+        else:
+            self._round += layer <= self._last.layer
+            self._last = access
+            for tier in self._tiers:
+                tier.policy.on_access(access)
         entries, on_hit = top.entries, top.policy.on_hit
         missing, lates = [], 0
-        for key in access.keys:
+        for key in keys:
             entry = entries.get(key)
             if entry is None:
                 missing.append(key)
@@ -122,9 +123,8 @@ class Residency:
                 ticket.ready.append(key)
             else:
                 lates += self._join(ticket, entry)
-        top.hits[layer] += len(access.keys) - len(missing) - lates
+        top.hits[layer] += len(keys) - len(missing) - lates
         top.lates[layer] += lates
-        waiting = missing
         if missing:
             top.misses[layer] += len(missing)
             if self._lower:
@@ -132,23 +132,18 @@ class Residency:
                 classify(self._lower, missing, access)
             if self._exclusive is not None:
                 self._exclusive.due = True
-            if self.misses is not None:
-                waiting = in_place.split(self, ticket, missing, self.misses)
-        self._serve(ticket, waiting)
-        self._digest = hash((self._digest, access.time, layer, len(missing), lates))
-        return ticket
-
-    def _serve(self, ticket: Ticket, waiting: list[ExpertKey]) -> None:
-        """What is there is leased; give slots to the rest, as far as there are."""
+            waiting = missing if self.misses is None else in_place.split(self, ticket, missing, self.misses)
         if waiting:
             ticket.waiting = waiting
             self._advance(ticket)
             if ticket.waiting:
                 self._stuck.append(ticket)
         if self._dirty:
-            if ticket.access.writes:
+            if access.writes:
                 self.writing.hold(ticket)
             self.writing.go()
+        self._digest = hash((self._digest, access.time, layer, len(missing), lates))
+        return ticket
 
     def release(self, ticket: Ticket, key: ExpertKey, dirty: bool = False, saved: bool = False) -> None:
         """The math is done with `key`; `dirty` if it changed the record, `saved` if it made home the same as the slot.

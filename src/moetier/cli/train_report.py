@@ -61,7 +61,8 @@ class Teller:
         texts = f"{self.data.tokens.size} tokens in {len(self.data)} sequences of {self.data.files} files"
         if self.held_out is not None:
             texts += f", {self.held_out.tokens.size} to evaluate on"
-        self._say(f"{texts}; {plan.slots} of {plan.workload.records} experts in memory; {total} steps")
+        memory = "device memory" if plan.machine.device_nbytes is not None else "memory"
+        self._say(f"{texts}; {plan.slots} of {plan.workload.records} experts in {memory}; {total} steps")
         if self._training.step:
             self._say(f"goes on from step {self._training.step}")
         self._bar.start()
