@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import compress
 from typing import Any
 
 import torch
@@ -136,8 +135,8 @@ class TrainingEngine:
     @contextmanager
     def collect(self, access: Access) -> Iterator[Callable[[ExpertKey, Fields], None]]:
         """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients."""
-        here = self.weights.holding(access.keys)  # they come first
-        self._ahead = dict.fromkeys(key for held in (True, False) for key in compress(access.keys, map(held.__eq__, here)))
+        here = dict(zip(access.keys, self.weights.holding(access.keys), strict=True))
+        self._ahead = dict.fromkeys(sorted(access.keys, key=lambda key: not here[key]))  # what is here comes first
         following = next(self.coming(), None)
         if following is not None and self.trains(following.layer):
             self._ahead.update(dict.fromkeys(following.keys))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from moetier.access import ExpertKey, Part
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache, Lease, WritableLease
 from moetier.record import RecordLayout
 from moetier.stores.scratch import ScratchStore
 from moetier.training.leases import leased
@@ -53,7 +53,8 @@ class Gradients:
 
     def used(self, lease: Lease) -> None:
         """A sum was used and will not be again: its slot is given up without a write."""
-        lease.dirty, lease.saved = False, True  # type: ignore[attr-defined]
+        assert isinstance(lease, WritableLease)
+        lease.dirty, lease.saved = False, True
         if self._scratch is not None:
             self._scratch.clear(lease.key)
 
