@@ -24,3 +24,10 @@ def give_large_blocks_back() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
     return mallopt is not None and bool(mallopt(_M_MMAP_THRESHOLD, LARGE) and mallopt(_M_TRIM_THRESHOLD, KEPT))
+
+
+def give_holes_back() -> None:
+    """Between two steps: the free pages of the heap, so that it does not grow from step to step."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
