@@ -72,7 +72,7 @@ def attach_training(
         )
         opened[0] = weights
         scratch = ScratchStore(Path(options.train), [gradient_layout(layout) for layout in layouts], counts)
-        gradients = small_cache(scratch, division.gradients, counts, options.readers)
+        gradients = small_cache(scratch, division.gradients, counts, options.readers, "zigzag")
         opened.insert(0, gradients)
         proxies = give_proxies([module for _, module in modules], device)
         outbound = Outbound(layouts, device) if isinstance(weights.device, DeviceArena) else None
@@ -86,7 +86,7 @@ def attach_training(
             one.close()
         raise
     tiered = TieredExperts(weights, plan, maps, None)
-    tiered.training, tiered.sink = session, engine
+    tiered.training, tiered.sink, engine.coming = session, engine, tiered.tape.coming
     if (division.device is not None or division.weights < store.records) and options.prefetch != OFF:
         weights.ahead = StepAhead(weights.core, tuple(counts), tiered.tape.coming)
     bind(model, modules, tiered)
