@@ -117,7 +117,7 @@ def test_few_slots_or_all(dtype: torch.dtype, trained: Get) -> None:
         model = trained(slots=slots, dtype=dtype)
         losses = loop(model, moetier.AdamW(model, lr=0.001), STEPS)
         found.append((losses, trained_experts(model)))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-3)
     for key, fields in found[0][1].items():
         for name, field in fields.items():
             assert (field - found[1][1][key][name]).float().norm() <= 2e-2 * field.float().norm(), (key, name)
