@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def late_device(monkeypatch: pytest.MonkeyPatch, seed: int = 0, haste: float = 0
     """The same on the fake CUDA, whose copies are late both ways. `isinstance(cache.device, DeviceArena)` holds."""
     cuda = fake_cuda.install(monkeypatch, seed, haste)
     monkeypatch.setattr(caches, "fast_arena", DeviceArena)
-    monkeypatch.setattr(caches, "HostArena", partial(HostArena, page_locked=True))
+    monkeypatch.setattr(caches, "HostArena", lambda slots, nbytes, page_locked=False: HostArena(slots, nbytes, True))
     return cuda
 
 

@@ -76,7 +76,7 @@ def test_a_plain_loop(
     if late:
         kernels_at_once(monkeypatch, late_device(monkeypatch, slots))
     model = trained(slots=slots, host_memory=few_host_slots(trained))
-    assert isinstance(model.moetier.cache.device, DeviceArena) == late
+    assert isinstance(model.moetier.cache.device, DeviceArena) == model.moetier.cache.host.page_locked == late
     assert 1 < model.moetier.cache.host.slots < 8
     make, theirs, options = KINDS[kind]
     plain = load_reference(checkpoint(NAME, torch.float32))

@@ -167,7 +167,8 @@ def test_the_trainer(trained: Get, tmp_path: Path) -> None:
     )
     if arguments.n_gpu > 1:
         pytest.skip("Trainer takes all GPUs that it sees")
-    moetier.Trainer(model=model, args=arguments, train_dataset=data).train()
+    with torch.enable_grad():
+        moetier.Trainer(model=model, args=arguments, train_dataset=data).train()
     assert model.moetier.training.step == 3
 
 
