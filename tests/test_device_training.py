@@ -16,7 +16,7 @@ from moetier.training.optimizers.clipping import norm_of
 from training import NAME, assert_same, clip_reference, load_reference, load_trained, loop, trained_experts
 
 Get = Callable[..., Any]
-STEPS = range(3)
+STEPS = range(2)
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
     "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
@@ -63,16 +63,14 @@ def check_traffic(model: Any) -> None:
     ("kind", "slots", "update", "late"),
     [
         ("sgd", 2, "step", False),
-        ("momentum", 1, "step", True),
-        ("adamw", 6, "step", True),
-        ("adamw", 3, "backward", True),
-        ("adamw", 24, "backward", False),
+        ("adamw", 1, "step", True),
+        ("momentum", 6, "backward", True),
     ],
 )
 def test_a_plain_loop(
     kind: str, slots: int, update: str, late: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every step uses more experts of a layer than most of these have slots, on the device and in host memory."""
+    """Every step uses more experts than there are slots, on the device and in host memory."""
     if late:
         kernels_at_once(monkeypatch, late_device(monkeypatch, slots))
     model = trained(slots=slots, host_memory=few_host_slots(trained))
@@ -89,12 +87,11 @@ def test_a_plain_loop(
     check_traffic(model)
 
 
-@pytest.mark.parametrize(("late", "reentrant"), [(False, True), (True, False)])
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
-    late: bool, reentrant: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
+    reentrant: bool, checkpoint: Get, trained: Get, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if late:
-        kernels_at_once(monkeypatch, late_device(monkeypatch, 1, 0.0))
+    kernels_at_once(monkeypatch, late_device(monkeypatch, 1, 0.0))
     model, plain = trained(slots=3), load_reference(checkpoint(NAME, torch.float32))
     norms: list[float] = []
     for each in (model, plain):
@@ -114,14 +111,13 @@ def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
     check_traffic(model)
 
 
-@pytest.mark.parametrize(("idle", "experts"), [("dense", "adafactor"), ("skip", None)])
-def test_half_precision_and_other_optimizers_as_with_one_tier(idle: Any, experts: str | None, trained: Get) -> None:
+def test_half_precision_and_other_optimizers_as_with_one_tier(trained: Get) -> None:
     found = []
     for stand_in in (True, False):
         model = trained(dtype=torch.bfloat16, stand_in=stand_in, slots=2 if stand_in else 5)
         assert (model.moetier.cache.device is not None) == stand_in
         optimizer = moetier.AdamW(
-            model, lr=0.01, weight_decay=0.1, idle=idle, experts=experts, clip="per-expert", max_grad_norm=1
+            model, lr=0.01, weight_decay=0.1, idle="skip", experts="adafactor", clip="per-expert", max_grad_norm=1
         )
         losses = loop(model, optimizer, STEPS)
         weights = {f"{key} {name}": t for key, fs in trained_experts(model).items() for name, t in fs.items()}
@@ -134,23 +130,23 @@ def test_stopped_resumed_and_gone_back(checkpoint: Get, trained: Get, monkeypatc
     """Other sizes after a stop, with a device and without, and back to a step in the same process: the same bits."""
     kernels_at_once(monkeypatch, late_device(monkeypatch, 7))
     plain = load_reference(checkpoint(NAME, torch.float32))
-    whole = loop(plain, torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True), range(6))
+    whole = loop(plain, torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True), range(3))
     losses = []
-    for begin, end, options in ((0, 2, {}), (2, 4, {"slots": 5}), (4, 6, {"slots": 9, "stand_in": False})):
+    for begin, end, options in ((0, 1, {}), (1, 2, {"slots": 5}), (2, 3, {"slots": 9, "stand_in": False})):
         model = trained("run", **options)
         optimizer = moetier.AdamW(model, lr=0.01, fused=True)
         found = optimizer.resume()
         assert (0 if found is None else found["step"]) == begin
         losses += loop(model, optimizer, range(begin, end))
         model.moetier.commit()
-        if end == 4:
-            loop(model, optimizer, range(20, 22))  # other ones, which are undone
+        if end == 2:
+            loop(model, optimizer, range(20, 21))  # another one, which is undone
             session = model.moetier.training
-            session.rewind(2)
+            session.rewind(1)
             optimizer.resume()
-            assert loop(model, optimizer, range(2, 4)) == losses[2:]
+            assert loop(model, optimizer, range(1, 2)) == losses[1:]
             model.moetier.commit()
-        if end < 6:
+        if end < 3:
             model.moetier.close()
     assert losses == whole
     assert_same(model, plain)
