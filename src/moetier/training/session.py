@@ -7,6 +7,7 @@ optimizer, the random generators, the engine's books. Knows nothing of an update
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,10 @@ class TrainingSession:
         if usage is not None and self._saved is not None:
             usage.load(self._saved["usage"])
         engine.applied = Applied(records, state, idle, update, usage)
+        if update == "backward":  # gradients wait for nothing, so that their slots stay untouched
+            arena, plan = engine.gradients.cache.host, self.model.moetier.plan
+            untouched = arena.slots * arena.slot_nbytes
+            self.model.moetier.plan = replace(plan, host_total_nbytes=plan.host_total_nbytes - untouched)
         engine.upcoming = optimizer.upcoming
         engine.owes = False
         self._optimizer, self._kind = optimizer, kind
