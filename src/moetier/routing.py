@@ -64,9 +64,11 @@ def score_range(z: Scores) -> NDArray[np.float32]:
 
 
 def shares_of(z: Scores, scale: Scale) -> NDArray[np.float64]:
-    """The scores [T, E] as shares of one per token, [T, E]: the softmax, or where they are no logits what is positive."""
+    """The scores as shares of one per token, [T, E]: the softmax, or where they are no logits what is positive."""
     mass = np.maximum(z, 0) if scale is Scale.SCORES else np.exp(z - z.max(axis=1, keepdims=True))
-    return mass.astype(np.float64) / np.maximum(mass.sum(axis=1, keepdims=True, dtype=np.float64), 1e-30)
+    shares: NDArray[np.float64] = mass.astype(np.float64)
+    shares /= np.maximum(mass.sum(axis=1, keepdims=True, dtype=np.float64), 1e-30)
+    return shares
 
 
 def order_of(z: Scores, own: Choice) -> Choice:

@@ -171,8 +171,10 @@ def report(
     fields = list(type(teller.steps[0]).__dataclass_fields__) if teller.steps else ["loss"]
     fields = [name for name in fields if name != "routing"]
     bent = [step.routing for step in teller.steps if step.routing is not None]
-    found = training.routing()
-    routing = {} if found is None else {"routing": found | {"steps": {n: [one[n] for one in bent] for n in NUMBERS}}}
+    favoured = training.routing()
+    routing = {}
+    if favoured is not None:
+        routing["routing"] = favoured | {"steps": {name: [one[name] for one in bent] for name in NUMBERS}}
     plan, held_out = training.model.moetier.plan, teller.held_out
     return {
         "version": REPORT_VERSION,
@@ -235,7 +237,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def routing_rows(bent: dict[str, Any] | None) -> list[tuple[str, str, str]]:
-    """What favouring experts in memory changed, and what it did to the balance of their load; nothing where none are."""
+    """What favouring experts in memory changed, and what it did to the balance of load; nothing where none are."""
     if bent is None:
         return []
     kept = f"by {bent['levers']}: not the model's own; {bent['kept']} experts are favoured"

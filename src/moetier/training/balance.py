@@ -37,10 +37,17 @@ class Tally:
     @classmethod
     def empty(cls, counts: Sequence[int]) -> Tally:
         """Of layers with so many experts each, before the first token."""
-        layers, most = len(counts), max(counts)
-        whole = [np.zeros((layers, most), np.int64) for _ in range(2)]
-        each = [np.zeros(layers, np.int64) for _ in range(3)]
-        return cls(np.array(counts), *whole, np.zeros((layers, most)), *each, np.zeros(layers))
+        layers, whole = len(counts), (len(counts), max(counts))
+        return cls(
+            experts=np.array(counts, np.int64),
+            own=np.zeros(whole, np.int64),
+            given=np.zeros(whole, np.int64),
+            mass=np.zeros(whole),
+            tokens=np.zeros(layers, np.int64),
+            changed=np.zeros(layers, np.int64),
+            new=np.zeros(layers, np.int64),
+            lost=np.zeros(layers),
+        )
 
     def add(
         self,
@@ -99,9 +106,9 @@ class Tally:
             "balance_loss_own": self._balance(self.own),
         }
         total = {name: float(values.mean()) for name, values in layers.items()}
-        total["changed_tokens"] = float(self.changed.sum() / tokens.sum())
-        total["changed_experts"] = float(self.new.sum() / pairs.sum())
-        total["mass_given_up"] = float(self.lost.sum() / tokens.sum())
+        total["changed_tokens"] = float(self.changed.sum() / max(1, self.tokens.sum()))
+        total["changed_experts"] = float(self.new.sum() / max(1, self.given.sum()))
+        total["mass_given_up"] = float(self.lost.sum() / max(1, self.tokens.sum()))
         return {
             "tokens": int(self.tokens.max(initial=0)),
             **total,
@@ -112,7 +119,8 @@ class Tally:
         mean = load.sum(axis=1) / self.experts
         there = np.arange(load.shape[1]) < self.experts[:, None]
         deviation = np.sqrt((np.where(there, load - mean[:, None], 0.0) ** 2).sum(axis=1) / self.experts)
-        return deviation / np.where(mean > 0, mean, 1.0)
+        result: NDArray[np.float64] = deviation / np.where(mean > 0, mean, 1.0)
+        return result
 
     def _balance(self, load: NDArray[np.int64]) -> NDArray[np.float64]:
         share = load / np.maximum(load.sum(axis=1, keepdims=True), 1)

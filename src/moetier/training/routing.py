@@ -1,10 +1,10 @@
 """Routers of a model in training that favour the experts kept in memory, and what that costs.
 
 The rules are those of the lossy levers (`moetier.routing`), with one difference that training needs: a choice depends
-on the router's scores and on what changes only when the optimizer steps (which experts are kept, how wide scores range).
-So the recomputation of a forward under gradient checkpointing chooses what the forward chose, whatever has moved
-meanwhile; a run that goes on from a checkpoint chooses what it would have chosen; and no choice depends on time. Gate
-weights are the router's own for the experts it is told to choose, and gradients flow through them as ever.
+on the router's scores and on what changes only when the optimizer steps, which is what experts are kept and how wide
+scores range. So the recomputation of a forward under gradient checkpointing chooses what the forward chose, whatever
+has moved meanwhile; a run that goes on from a checkpoint chooses what it would have chosen; and no choice depends on
+time. Gate weights are the router's own for the experts it is told to choose, and gradients flow through them as ever.
 """
 
 from __future__ import annotations

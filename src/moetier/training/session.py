@@ -118,7 +118,7 @@ class TrainingSession:
             )
         return min(records, slots)
 
-    def steps(self) -> None:
+    def begin_step(self) -> None:
         """The optimizer is about to make a step. Raises `ConfigError` where routing was to be changed and was not."""
         if self.routing is not None:
             self.routing.step()
