@@ -98,17 +98,25 @@ class PlainRouting:
             self.tokens[layer] = [0.0] * EXPERTS
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lever", LEVERS)
+@pytest.mark.parametrize(("lever", "way"), [("prior", "plain"), ("rank", "recomputed"), ("prior", "reentrant")])
 def test_the_bits_of_plain_routing_in_memory(lever: str, way: str, checkpoint: Get, trained: Get) -> None:
-    """Forward, gradients and recomputation: one other choice in any of them, or another weight, and no bits agree."""
-    if way == "reentrant" and lever == "rank":
-        pytest.skip("once is enough")
+    """Forward, gradients and recomputation: one other choice in any of them, or another weight, and no bits agree.
+
+    One way has an auxiliary loss, which is of the routers' own choice.
+    """
     plain = load_reference(checkpoint(NAME, torch.float32))
     routing = PlainRouting(plain, 12, LEVERS[lever])
     other = torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True)
-    expected = loop(plain, other, STEPS, accumulate=2, before_step=lambda model: routing.step())
     model = trained(slots=12, **LEVERS[lever])
+    inputs = {"output_router_logits": True} if way == "recomputed" else {}
+    plain.router_aux_loss_coef = model.router_aux_loss_coef = 0.5
+    found: list[list[set[int]]] = []
+
+    def step(plain: Any) -> None:
+        routing.step()
+        found.append([set(kept) for kept in routing.kept])
+
+    expected = loop(plain, other, STEPS, accumulate=2, before_step=step, **inputs)
     if WAYS[way] is not None:
         model.activation_checkpointing_enable(WAYS[way])
         if way == "reentrant":
@@ -118,37 +126,17 @@ def test_the_bits_of_plain_routing_in_memory(lever: str, way: str, checkpoint: G
 
     def after(step: int) -> None:
         keys = model.moetier.training.routing.kept.keys()
-        assert [{k.expert for k in keys if k.layer == layer} for layer in range(LAYERS)] == routing_at[step]
+        assert [{k.expert for k in keys if k.layer == layer} for layer in range(LAYERS)] == found[step]
         held.append(set(keys) <= model.moetier.cache.core.residents())
 
-    routing_at = kept_after(checkpoint, lever)
-    assert loop(model, optimizer, STEPS, accumulate=2, after_step=after) == expected
+    assert loop(model, optimizer, STEPS, accumulate=2, after_step=after, **inputs) == expected
     assert_same(model, plain)
-    assert all(held) and routing_at[0] != routing_at[-1]  # what is favoured is there, and changes
+    assert len(held) == len(STEPS) and all(held) and found[0] != found[-1]  # what is favoured is there, and changes
     report = model.moetier.stats()["routing"]
     assert report["tokens"] * LAYERS == routing.seen == 2 * 2 * 8 * len(STEPS) * LAYERS
     assert report["changed_tokens"] == routing.changed / routing.seen > 0.1
     assert report["layers"]["cv"] == pytest.approx((routing.load.std(axis=1) / routing.load.mean(axis=1)).tolist())
     assert report["kept"] == 6 and 0 < report["mass_given_up"] < 0.5 and report["cv"] > report["cv_own"]
-
-
-_kept: dict[str, list[list[set[int]]]] = {}
-
-
-def kept_after(checkpoint: Get, lever: str) -> list[list[set[int]]]:
-    """The plain rule's sets after every step, from a run of its own."""
-    if lever not in _kept:
-        plain = load_reference(checkpoint(NAME, torch.float32))
-        routing, found = PlainRouting(plain, 12, LEVERS[lever]), []
-        optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, fused=True)
-
-        def step(model: Any) -> None:
-            routing.step()
-            found.append([set(kept) for kept in routing.kept])
-
-        loop(plain, optimizer, STEPS, accumulate=2, before_step=step)
-        _kept[lever] = found
-    return _kept[lever]
 
 
 def test_off_nothing_is_in_the_way_and_with_all_in_memory_nothing_changes(trained: Get) -> None:
@@ -174,26 +162,26 @@ def test_no_choice_depends_on_time_or_on_what_the_cache_does(trained: Get) -> No
 def test_fewer_experts_are_used_and_bytes_read(trained: Get) -> None:
     used, read = [], []
     for options in ({}, {"cache_prior": 1.0, "keep_top": 0}):
-        model = trained(slots=12, prefetch="off", **options)
+        model = trained(slots=18, prefetch="off", **options)  # 3 are favoured in every layer, and a token uses 3
         loop(model, moetier.AdamW(model, lr=0.001), STEPS)
         stats = model.moetier.stats()
         used.append(sum(sum(stats["tiers"][0][kind]) for kind in ("hits", "lates", "misses")))
         read.append(stats["links"]["disk→host"]["bytes"])
-    assert used[0] > 1.2 * used[1] and read[0] > 1.2 * read[1]
+    assert used[0] > 1.5 * used[1] and read[0] > 1.2 * read[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": 4}, {"update": "backward", "slots": 20}], ids=str)
+@pytest.mark.parametrize("options", [{"slots": 4}, {"update": "backward", "slots": 20}], ids=str)
 def test_resumed_to_the_bit_whatever_memory_there_is(options: dict[str, Any], checkpoint: Get, tmp_path: Path) -> None:
     source, lever = checkpoint(NAME, torch.float32), {"cache_prior": 0.7, "slots": 8}
     own = {name: value for name, value in options.items() if name == "update"}
     seed()
     whole = Run(source, tmp_path / "whole", **lever, **own)
-    losses = whole.train(range(6), commit_at=(3,))
+    losses = whole.train(range(5), commit_at=(3,))
     everything = whole.everything()
     whole.close()
     run = Run(source, tmp_path / "whole", **(lever | options), train_step=3)
     assert run.step == 3
-    assert run.train(range(3, 6)) == losses[3:]
+    assert run.train(range(3, 5)) == losses[3:]
     assert_equal(run.everything(), everything)
     run.close()
 
