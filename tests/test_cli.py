@@ -94,8 +94,8 @@ OPTIONS = {
         "--eval-texts --export --from-scratch --gradient-checkpointing --gradient-slots --help --host-memory --idle "
         "--io --json --keep --keep-top --log-every --lr --max-grad-norm --max-mass --max-rank --no-prefetch --optim "
         "--out --policy --prefetch --quiet --readers --resume --revision --schedule --seed --sequence-length --slots "
-        "--state-slots --steps --store --tensorboard --threads --tokenizer --trust-remote-code --verbose --warmup --weight-decay --writeback -h -q "
-        "[MODEL] [TEXTS]"
+        "--state-slots --steps --store --tensorboard --threads --tokenizer --trust-remote-code --verbose --warmup "
+        "--weight-decay --writeback -h -q [MODEL] [TEXTS]"
     ),
     "train synthetic": (
         "--batch-size --commit-every --device-slots --dtype --envs-per-batch --episode-len --expert-width --help "

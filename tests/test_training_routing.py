@@ -161,7 +161,7 @@ def test_no_choice_depends_on_time_or_on_what_the_cache_does(trained: Get) -> No
 
 def test_fewer_experts_are_used_and_bytes_read(trained: Get) -> None:
     used, read = [], []
-    for options in ({}, {"cache_prior": 1.0, "keep_top": 0}):
+    for options in ({}, {"max_rank": 8, "keep_top": 0}):
         model = trained(slots=18, prefetch="off", **options)  # 3 are favoured in every layer, and a token uses 3
         loop(model, moetier.AdamW(model, lr=0.001), STEPS)
         stats = model.moetier.stats()
