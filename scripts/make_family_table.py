@@ -24,8 +24,9 @@ INTRODUCTION = """\
 
 Which Mixture-of-Experts families run out of core. *bit-identical* means: a tiny checkpoint of the family, with a
 quarter of its experts resident, gives the same bits as the plain model in memory: for a batched prefill, for
-one-token steps with a cache, and for greedy generation from a padded batch, with every eviction policy
-(`tests/test_families.py`).
+one-token steps with a cache, and for greedy generation from a padded batch. `tests/test_families.py` checks this, with
+three eviction policies for each family and several families for each policy; with `MOETIER_COMBINATIONS=all`, with all
+policies for all families.
 
 moetier knows no family by name. It runs those whose experts module uses the experts interface of transformers
 (`use_experts_implementation`), and reads their checkpoints by the model's own loading rules. A family that is not

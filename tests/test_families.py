@@ -1,4 +1,7 @@
-"""Every family that transformers decorates runs out of core with the very bits it gives in memory, or is refused."""
+"""Every family that transformers decorates runs out of core with the very bits it gives in memory, or is refused.
+
+Each family meets `horizon` and two other eviction policies; with `MOETIER_COMBINATIONS=all`, all of them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moetier
+from combinations import dealt
 from conftest import family_class
 from families import FAMILIES, VOCAB, WITHOUT_HOOK
 from moetier import UnsupportedModelError
@@ -88,7 +92,7 @@ class Pair:
         old.cache = cache
 
 
-@pytest.fixture(scope="module", params=RUNNING)
+@pytest.fixture(scope="module")
 def pair(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Iterator[Pair]:
     kind = family_class(request.param)
     folder = checkpoint(request.param)
@@ -99,7 +103,7 @@ def pair(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> Ite
     model.moetier.close()
 
 
-@pytest.mark.parametrize("policy", ONLINE)
+@pytest.mark.parametrize(("pair", "policy"), dealt(RUNNING, ONLINE, 2, ["horizon"]), indirect=["pair"])
 def test_bits_do_not_change(pair: Pair, policy: str) -> None:
     pair.use(policy)
     plan = pair.model.moetier.plan

@@ -142,3 +142,20 @@ def test_any_numbers_are_survived(data: list[tuple[float, int, int]]) -> None:
         controller.record(Step(seconds, misses, spared), controller.setting is not None)
         assert controller.setting in (None, *LADDER)
         assert controller.words() and set(controller.report()) >= {"state", "words", "gained_seconds"}
+
+
+def test_giving_up_is_a_pause_that_doubles() -> None:
+    controller = Controller(window=8, rest=2)
+    rests = []
+    for _ in range(4):
+        while controller.state is not State.TRIAL:
+            controller.passed()
+        controller.give_up("nothing is missing")
+        assert controller.setting is None and not controller.measures
+        assert controller.words() == "off: nothing is missing"
+        rest = 0
+        while controller.state is State.OFF:
+            controller.passed()
+            rest += 1
+        rests.append(rest)
+    assert rests == [17, 33, 65, 129]

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from families import VOCAB
-from moetier import Access, ConfigError, ExpertKey, Options, StoreError, UnsupportedModelError
+from moetier import (
+    Access,
+    ConfigError,
+    ExpertKey,
+    Options,
+    Residency,
+    StoreError,
+    TierConfig,
+    UnsupportedModelError,
+)
 from moetier.eventlog import replay
 from moetier.predictors import PREDICTORS, Prediction
 from moetier.prefetch_binding import check_prefetch
@@ -181,3 +190,29 @@ def test_useless_prefetching_is_turned_off_by_itself(monkeypatch: pytest.MonkeyP
         assert prefetching.report()["issued"] == before and prefetching.error is None
     finally:
         run.cache.close()
+
+
+@pytest.mark.parametrize(("asking", "given_up"), [(1e-3, True), (0.0, False)])
+def test_where_asking_takes_longer_than_what_it_could_save_it_is_given_up(asking: float, given_up: bool) -> None:
+    """Right every time; but the loads are quick, and the answer is not."""
+    core = Residency([TierConfig(slots=9, policy="lru")], LAYERS, EXPERTS)
+    prefetching = Prefetching(core, Guess, "guess", lambda layer: LAYOUT.nbytes, Controller(window=LAYERS))
+    now = 0.0
+    for number in range(20 * LAYERS):
+        access = Access(number + 1, number % LAYERS, (ExpertKey(number % LAYERS, number // LAYERS % EXPERTS),))
+        asks = prefetching.begin(access, now)
+        ticket = core.acquire(access)
+        copies = core.take()
+        prefetching.orders(copies, now)
+        for copy in copies:
+            now += 1e-3
+            core.completed(copy.id)
+            prefetching.ended(copy, True, now)
+        core.release(ticket, ticket.ready.popleft())
+        if asks:
+            now += asking
+            prefetching.asked(asking)
+    controller = prefetching.controller
+    assert (controller.state is State.OFF) == given_up
+    assert ("asking" in controller.words()) == given_up
+    assert prefetching.predict_seconds <= 2 * LAYERS * 1e-3, "only until it was known what it takes"

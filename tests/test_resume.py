@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import moetier
+from combinations import covering
 from moetier.errors import StoreError
 from moetier.stores.extents import ExtentFile
 from moetier.stores.runfolder import RunFolder
@@ -189,8 +190,7 @@ def test_what_a_user_can_do_wrong(checkpoint: Get, tmp_path: Path) -> None:
         load_trained(folder, tmp_path / "new", train_step=7)
 
 
-@pytest.mark.parametrize("after", [0, 3, 40])
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(("code", "after"), covering([errno.ENOSPC, errno.EIO], [0, 3, 40], strength=1))
 def test_a_disk_that_fails_stops_the_run_and_leaves_the_checkpoint(
     code: int, after: int, checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

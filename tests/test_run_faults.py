@@ -567,6 +567,7 @@ def test_a_forked_child_does_not_keep_the_lock(run: RunFolder) -> None:
     def train_and_die() -> None:
         RunFolder.open(folder)
         if not os.fork():
+            os.close(tell)
             os.read(hear, 1)  # lives on, until the test ends
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)

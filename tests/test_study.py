@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from typer.testing import CliRunner
 
 from moetier.cli import app
 from moetier.cli.study import ROUTING
-from moetier.study import Finding, _compare, ebco_study, many_decoders, to_markdown
+from moetier.study import Finding, _compare, ebco_study, fine_grained, many_decoders, mixtral_shaped, to_markdown
+from moetier.trace import Trace
 from moetier.trace.files import read_trace
 from moetier.trace.synthetic import zipf_markov
 
@@ -30,7 +32,19 @@ def test_words_follow_from_the_numbers(differences: list[float], words: str) -> 
     assert words in _compare("A", "B", differences)
 
 
-def test_all_four_questions_are_answered() -> None:
+def test_the_shapes_are_those_of_the_models() -> None:
+    for trace, shape in ((mixtral_shaped(16, 2, 0), (32, 8, 2)), (fine_grained(16, 2, 0), (6, 256, 8))):
+        assert (trace.layers, trace.num_experts, trace.top_k) == shape
+
+
+def test_all_four_questions_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On models with fewer layers and experts, so that it takes seconds."""
+
+    def small(layers: int, experts: int) -> Callable[[int, int, int], Trace]:
+        return lambda tokens, sequences, seed: zipf_markov(tokens, layers, experts, 2, sequences=sequences, seed=seed)
+
+    monkeypatch.setattr("moetier.study.mixtral_shaped", small(4, 8))
+    monkeypatch.setattr("moetier.study.fine_grained", small(2, 64))
     real = zipf_markov(60, 3, 16, 2, sequences=4, seed=3)
     heard: list[str] = []
     findings = ebco_study(real, scale=0.05, progress=heard.append)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import families
 import moetier
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache
@@ -40,30 +41,44 @@ class PretendDevice:
         return layout.views(self.record(slot, layout.nbytes))
 
 
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Callable[..., Path]) -> Iterator[tuple[Any, list[torch.Tensor]]]:
+    """A model with all experts in one tier, and its logits."""
+    model = moetier.from_pretrained(checkpoint("qwen3_moe"), slots="100%")
+    with torch.no_grad():
+        expected = logits(model)
+    yield model, expected
+    model.moetier.close()
+
+
+def logits(model: Any) -> list[torch.Tensor]:
+    ids = torch.arange(24).view(2, 12)
+    return [model(input_ids=ids).logits, model(input_ids=ids[:, :1]).logits]
+
+
 @pytest.mark.parametrize("policy", ONLINE)
 @pytest.mark.parametrize(("device_slots", "host_slots"), [(1, 1), (2, 1), (1, 4), (6, 3), (6, 12), (24, 24)])
-def test_two_tiers_equal_one(tmp_path: Path, policy: str, device_slots: int, host_slots: int) -> None:
-    folder = tmp_path / "model"
-    families.make_checkpoint(families.FAMILIES["qwen3_moe"], folder)
-    model = moetier.from_pretrained(folder, slots="100%")
-    ids = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        expected = [model(input_ids=ids).logits, model(input_ids=ids[:, :1]).logits]
+def test_two_tiers_equal_one(
+    loaded: tuple[Any, list[torch.Tensor]], policy: str, device_slots: int, host_slots: int
+) -> None:
+    model, expected = loaded
     tiered = model.moetier
-    store = tiered.cache.store
+    one_tier = tiered.cache
+    store = one_tier.store
     core = Residency([TierConfig(device_slots, policy), TierConfig(host_slots, policy)], store.layers, store.experts)
     device = PretendDevice(device_slots, store.slot_nbytes)
-    one_tier = tiered.cache
-    tiered.cache = ExpertCache(store, core, HostArena(host_slots, store.slot_nbytes), device)  # type: ignore[arg-type]
-    for _ in range(2):
-        with torch.no_grad():
-            actual = [model(input_ids=ids).logits, model(input_ids=ids[:, :1]).logits]
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-        core.check()
-    stats = tiered.stats()
+    cache = ExpertCache(store, core, HostArena(host_slots, store.slot_nbytes), device)  # type: ignore[arg-type]
+    tiered.cache = cache
+    try:
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(logits(model), expected, strict=True))
+            core.check()
+        stats = tiered.stats()
+    finally:
+        tiered.cache = one_tier
+        cache.mover.close()
+        cache.host.close()
     top, below = stats["tiers"]
     assert sum(top["misses"]) == sum(below["hits"]) + sum(below["lates"]) + sum(below["misses"])
     assert stats["links"]["host→device"]["copies"] == device.fills == sum(top["misses"])
     assert stats["links"]["disk→host"]["copies"] == sum(below["misses"])
-    tiered.cache.close()
-    one_tier.close()

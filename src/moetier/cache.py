@@ -207,7 +207,7 @@ class ExpertCache:
             with self._condition:
                 if self._prefetching.issue(wanted, time.perf_counter()):
                     self._start_orders()
-        self._prefetching.predict_seconds += time.perf_counter() - begin
+        self._prefetching.asked(time.perf_counter() - begin)
 
     @property
     def prefetching(self) -> Prefetching | None:

@@ -124,6 +124,7 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._cores = CoreWatch()
         self._modules: list[tuple[str, Any]] = []
         self._maps: list[LayerMap] = []
+        self._kv_nbytes = 0
 
     @property
     def is_trainable(self) -> bool:
@@ -143,7 +144,8 @@ class TieredExpertsQuantizer(HfQuantizer):  # type: ignore[misc]
         self._shards = shards_of([Path(file) for file in checkpoint_files], self._known_shards)
         self._maps, self._top_k = map_experts(model, self._modules, self._shards, dtype)
         detach_experts(model, self._modules)
-        self._kv_nbytes = kv_nbytes(model, self.options.context)
+        if self.options.train is None:  # training keeps no decoding cache
+            self._kv_nbytes = kv_nbytes(model, self.options.context)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -202,6 +202,13 @@ class Controller:
 
     # -- what happened ------------------------------------------------------------------------------------------------
 
+    def give_up(self, why: str) -> None:
+        """There is nothing to gain: off, for as long as after a trial that failed."""
+        self._why, self._windows, self._proven = why, 0, False
+        self._rungs = [_Rung() for _ in LADDER]
+        self._go(State.OFF)
+        self._pause()
+
     def passed(self) -> None:
         """An access begins, measured or not."""
         if self._left <= 0:
@@ -295,9 +302,12 @@ class Controller:
             self._go(State.LEARNING)
         else:
             self._go(State.OFF)
-            self._left = self._rest * self.window
-            self._rest = min(2 * self._rest, 64 * self._first_rest)
+            self._pause()
         self._proven = False
+
+    def _pause(self) -> None:
+        self._left = self._rest * self.window
+        self._rest = min(2 * self._rest, 64 * self._first_rest)
 
     def _go(self, state: State) -> None:
         on = (State.TRIAL, State.ON)

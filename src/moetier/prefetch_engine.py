@@ -31,6 +31,7 @@ _STREAMS = 64  # threads whose predictors are kept
 _LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
 _WARMUP = 192  # accesses, for a predictor that does not say how many passes it needs to be of use
 _CANDIDATES = 16  # an access, at most
+_WORTH = 4.0  # the loads to be hidden take at least so many times as long as asking what they are (docs/LOG.md)
 _SLACK = 0.5  # records that may be under way when the next access comes: measured, the link shares itself (docs/LOG.md)
 
 
@@ -84,6 +85,8 @@ class Prefetching:
         self.issued = self.useful = self.late = self.wasted = self.failed = self.cancelled = 0
         self.wasted_nbytes = 0
         self.predict_seconds = 0.0
+        self._asking = 0.0  # seconds, of one access, usually
+        self._needs = 0.0  # records that an access misses, or would without prefetches, usually
         self._ahead: dict[ExpertKey, _Ahead] = {}
         self._at: list[set[ExpertKey]] = [set() for _ in range(core.layers)]  # keys of `_ahead`, by layer
         self._displaced: dict[ExpertKey, ExpertKey] = {}  # victim -> the prefetched expert that took its slot
@@ -165,6 +168,11 @@ class Prefetching:
             self._fault(error)
             return {}
 
+    def asked(self, seconds: float) -> None:
+        """What `predict` and `issue` of an access took together."""
+        self.predict_seconds += seconds
+        self._asking += (seconds - self._asking) * (0.05 if self._asking else 1.0)
+
     def issue(self, wanted: dict[ExpertKey, float], now: float) -> int:
         """Order what is worth it and fits the time until the next access; returns how many."""
         stream, setting = self._streams.get(get_ident()), self.controller.setting
@@ -231,6 +239,8 @@ class Prefetching:
                 self._worth.learn(stream.bins, [key in access.keys for key in stream.expected])
             stream.bins = []
         self._settle(access, stream)
+        if stream.stage >= 0:
+            self._needs += (stream.misses + stream.spared - self._needs) * 0.02
         return controller.predicts
 
     def _settle(self, access: Access, stream: _Stream) -> None:
@@ -262,7 +272,12 @@ class Prefetching:
         return stream
 
     def _turned(self) -> None:
-        """The controller has changed its mind."""
+        """The controller has changed its mind, and should not have if there is nothing to gain."""
+        if self.controller.predicts and self._needs * self._load_seconds < _WORTH * self._asking:
+            self.controller.give_up(
+                f"an access loads for {1e3 * self._needs * self._load_seconds:.2g} ms, and asking what takes "
+                f"{1e3 * self._asking:.2g} ms"
+            )
         predicts = self.controller.predicts
         if not predicts:
             self._occupants = None

@@ -170,6 +170,7 @@ class Clock:
         """As the engine does: ask the predictor where the thread would wait or the link idles. False: it is done."""
         assert self._prefetching is not None
         self._compute(self._timing.predict_seconds)
+        self._prefetching.asked(self._timing.predict_seconds)
         wanted = self._prefetching.predict(access)
         if self._prefetching.issue(wanted, self._now):
             self._start_orders(0)
