@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import moetier
 from families import VOCAB
+from moetier.training.balance import NUMBERS
 from training import NAME, assert_close, batch, load_reference, load_trained, model_class, trained_experts
 
 Get = Callable[..., Any]
@@ -411,3 +412,18 @@ def test_adapters_on_frozen_experts(runs: Runs, checkpoint: Get, tmp_path: Path)
     runs.models.append(model)
     with pytest.raises(moetier.UnsupportedModelError, match="for adapters on frozen experts load without train="):
         moetier.Trainer(model=peft.get_peft_model(model, config), args=arguments(tmp_path / "wrong"))
+
+
+def test_routing_that_favours_experts_in_memory(runs: Runs) -> None:
+    load = {"cache_prior": 0.7, "slots": 8}
+    trainer = runs.trainer(load=load, max_steps=4, logging_steps=2, save_strategy="no")
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(lines) == 2 and all(line.keys() >= {f"routing_{name}" for name in NUMBERS} for line in lines)
+    whole = trainer.model.moetier.stats()["routing"]
+    mean = sum(line["routing_changed_tokens"] for line in lines) / 2
+    assert whole["changed_tokens"] == pytest.approx(mean) and mean > 0
+    assert "routing_cv" not in trainer.evaluate()
+    trainer.model.moetier.close()
+    with pytest.raises(moetier.ConfigError, match=r"cache_prior=0\.7: routers that choose again cannot be compiled"):
+        runs.trainer("compiled", load=load, torch_compile=True)

@@ -191,7 +191,7 @@ class TieredExperts:
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase; how
-        small steps are split among threads, where that is on trial.
+        small steps are split among threads, where that is on trial; what lossy levers and cache-aware routing did.
         """
         phases = {
             phase.name.lower(): {
@@ -204,7 +204,11 @@ class TieredExperts:
         stats = {**self.cache.stats(), "phases": phases}
         if self.trial is not None:
             stats["split"] = {"now": self.trial.report(), "changes": self.trial.changes}
-        return stats if self.lever is None else {**stats, "levers": self.lever.report()}
+        if self.lever is not None:
+            stats["levers"] = self.lever.report()
+        if self.training is not None and self.training.routing is not None:
+            stats["routing"] = self.training.routing.report()
+        return stats
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""
