@@ -162,11 +162,15 @@ def test_accumulation_and_checkpointing_with_adapters(adapted: Get) -> None:
 def test_what_cannot_be_adapted(checkpoint: Get, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     source = checkpoint(NAME, torch.float32)
-    with pytest.raises(moetier.ConfigError, match=r"loaded with moetier\.from_pretrained"):
-        with moetier.adaptable_experts(load_reference(source)):
-            pass
+    with (
+        pytest.raises(moetier.ConfigError, match=r"loaded with moetier\.from_pretrained"),
+        moetier.adaptable_experts(load_reference(source)),
+    ):
+        pass
     model = load_trained(source, tmp_path / "run")
-    with pytest.raises(moetier.UnsupportedModelError, match="load it without train="):
-        with moetier.adaptable_experts(model):
-            pass
+    with (
+        pytest.raises(moetier.UnsupportedModelError, match="load it without train="),
+        moetier.adaptable_experts(model),
+    ):
+        pass
     model.moetier.close()

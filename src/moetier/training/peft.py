@@ -72,7 +72,8 @@ def _matrices(module: Any) -> list[str]:
 
 def _field(module: Any, name: str) -> Field:
     tiered, layer = module._moetier
-    return next(field for field in tiered.cache.store.layout(layer).fields if field.name == name)
+    found: Field = next(field for field in tiered.cache.store.layout(layer).fields if field.name == name)
+    return found
 
 
 def _stand_in(module: Any, name: str) -> torch.Tensor:
