@@ -19,7 +19,7 @@ import torch
 from moetier.arenas import DeviceArena
 from moetier.cache import ExpertCache
 from moetier.costs import Cost, Costs
-from moetier.experts import expert_math
+from moetier.experts import expert_math, outputs_of
 from moetier.fences import Fence
 from moetier.measure import measure_disk, measure_h2d
 from moetier.misses import make_miss_policy
@@ -117,7 +117,7 @@ class Bench:
             for name, tensor in fields.items():
                 tensor.copy_(self._fields[0][name])
         weight = self._fields[0]["down_proj"]
-        self._width = weight.size(1 if module.is_transposed else 0)
+        self._width = outputs_of(weight, module.is_transposed)
         self._dtype = weight.dtype
 
     def cpu(self, seconds: float) -> tuple[tuple[int, float], ...]:

@@ -21,6 +21,7 @@ from moetier.crew import Crew, Task
 from moetier.products import MAX_ROWS
 from moetier.stores.slices import GRANULE, divide, least_outputs
 
+AT_ONCE = 4 << 20  # bytes between the products of a layer up to which all its experts have them at the same time
 STRIDE = 128  # bytes that torch's elementwise kernels take at once, at most: two vectors of AVX-512
 GRAIN = 32768  # elements from which on torch gives every thread a part of an elementwise kernel
 
@@ -152,7 +153,7 @@ def forward_from_leases(
         if math is None:
             math = _Math(module, rows, batch[0].fields, routing.tokens)
         runs = _runs(batch, routing)
-        if crew is not None and crew.cuts and len(batch) == 1 and routing.tokens[runs[0][0][0]] == 1:
+        if crew is not None and len(batch) == 1 and math.can_share(runs[0][0][0], crew):
             math.compute_shared(*runs[0][0], crew, aside)
         elif crew is None or len(batch) == 1:
             for run in runs:
@@ -187,16 +188,24 @@ class _Math:
         self.module = module
         self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self.up_bias = f"{self.up_name}_bias"
-        self.up = _buffer(rows, fields[self.up_name], module.is_transposed)
+        weight = fields[self.up_name]
         self.down = _buffer(rows, fields["down_proj"], module.is_transposed)
-        self._inner = self.up.size(1) // (2 if module.has_gate else 1)
+        self._inner = outputs_of(weight, module.is_transposed) // (2 if module.has_gate else 1)
         self._tokens = tokens
         self._ends = list(accumulate(tokens))
-        self._rows = rows.to(self.up.dtype).split_with_sizes(tokens)
-        self._ups, self._downs = self.up.split_with_sizes(tokens), self.down.split_with_sizes(tokens)
+        self._rows = rows.to(weight.dtype).split_with_sizes(tokens)
+        self._downs = self.down.split_with_sizes(tokens)
+        self._many = len(rows) * outputs_of(weight, module.is_transposed) * weight.itemsize > AT_ONCE
+        if not self._many:
+            self.up = _buffer(rows, weight, module.is_transposed)
+            self._ups = self.up.split_with_sizes(tokens)
 
     def compute(self, run: Run) -> None:
         """Experts whose rows touch."""
+        if self._many:
+            for number, fields in run:
+                self._compute_many(number, fields)
+            return
         transposed, ends = self.module.is_transposed, self._ends
         first, last = run[0][0], run[-1][0]
         for number, fields in run:
@@ -210,6 +219,18 @@ class _Math:
         for (number, fields), x in zip(run, parts, strict=True):
             bias = fields.get("down_proj_bias")
             _linear(x, fields["down_proj"], bias, transposed, self._downs[number])
+
+    def _compute_many(self, number: int, fields: Fields) -> None:
+        """One expert of a large step: what is between its products is there for this expert only."""
+        transposed, rows = self.module.is_transposed, self._rows[number]
+        up = _buffer(rows, fields[self.up_name], transposed)
+        _linear(rows, fields[self.up_name], fields.get(self.up_bias), transposed, up)
+        bias = fields.get("down_proj_bias")
+        _linear(self._activated(up), fields["down_proj"], bias, transposed, self._downs[number])
+
+    def can_share(self, number: int, crew: Crew) -> bool:
+        """Whether `compute_shared` can have this expert."""
+        return crew.cuts and self._tokens[number] == 1 and not self._many
 
     def compute_shared(self, number: int, fields: Fields, crew: Crew, aside: Callable[[], None] | None) -> None:
         """One expert of one row, alone: the crew shares the outputs of its matrices."""
@@ -263,7 +284,12 @@ def _parts(
 
 def _buffer(rows: torch.Tensor, weight: torch.Tensor, is_transposed: bool) -> torch.Tensor:
     """Room for all rows times this weight."""
-    return torch.empty(rows.size(0), weight.size(1 if is_transposed else 0), dtype=weight.dtype, device=rows.device)
+    return torch.empty(rows.size(0), outputs_of(weight, is_transposed), dtype=weight.dtype, device=rows.device)
+
+
+def outputs_of(weight: torch.Tensor, is_transposed: bool) -> int:
+    """Of a product with it."""
+    return weight.size(1 if is_transposed else 0)
 
 
 def _runs(batch: Sequence[Lease], routing: Routing) -> list[Run]:

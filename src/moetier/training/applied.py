@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from moetier.access import ExpertKey
+from moetier.access import ExpertKey, Part
 from moetier.cache import ExpertCache, Lease
 from moetier.training.leases import together
 from moetier.training.ledger import Ledger
@@ -67,29 +67,31 @@ class Applied:
         layer: int,
         keys: Sequence[ExpertKey],
         gradients: ExpertCache | None = None,
+        part: Part = Part.UPDATE,
     ) -> Iterator[tuple[ExpertKey, Records]]:
-        """The records of every key, the state begun, marked as changed; first those whose state is not needed."""
+        """The records of every key, the state begun, marked as changed; first those whose state is not needed.
+
+        `part` of the step is what the cache of states is told.
+        """
         if self.state is not None and self.usage is not None:
             layout = weights.store.layout(layer)
             needs = {key: self.to(key).state_layout(layout) is not None for key in keys}
             without = [key for key in keys if not needs[key]]
-            yield from self._leased(ledger, weights, layer, without, None, gradients)
+            yield from self._leased(ledger, weights, without, None, gradients, part)
             keys = [key for key in keys if needs[key]]
-        yield from self._leased(ledger, weights, layer, keys, self.state, gradients)
+        yield from self._leased(ledger, weights, keys, self.state, gradients, part)
 
     def _leased(
         self,
         ledger: Ledger,
         weights: ExpertCache,
-        layer: int,
         keys: Sequence[ExpertKey],
         state: ExpertCache | None,
         gradients: ExpertCache | None,
+        part: Part,
     ) -> Iterator[tuple[ExpertKey, Records]]:
-        if not keys:
-            return
-        caches = [cache for cache in (state, weights, gradients) if cache is not None]
-        for leases in together(layer, keys, *caches):
+        caches = [(state, part), (weights, Part.UPDATE), (gradients, Part.UPDATE)]
+        for leases in together(keys, [(cache, own) for cache, own in caches if cache is not None]):
             left = list(leases)
             own = left.pop(0) if state is not None else None
             records = Records(left.pop(0), own, left.pop() if left else None)

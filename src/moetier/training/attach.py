@@ -69,7 +69,7 @@ def attach_training(
         weights = ExpertCache(store, core, HostArena(division.weights, store.slot_nbytes), readers=options.readers)
         opened[0] = weights
         scratch = ScratchStore(Path(options.train), [gradient_layout(layout) for layout in layouts], counts)
-        gradients = small_cache(scratch, division.gradients, counts, options.readers)
+        gradients = small_cache(scratch, division.gradients, counts, options.readers, "zigzag")
         opened.insert(0, gradients)
         proxies = give_proxies([module for _, module in modules])
         engine = TrainingEngine(weights, gradients, proxies, counts)
@@ -81,7 +81,7 @@ def attach_training(
             one.close()
         raise
     tiered = TieredExperts(weights, plan, maps, None)
-    tiered.training, tiered.sink = session, engine
+    tiered.training, tiered.sink, engine.coming = session, engine, tiered.tape.coming
     if division.weights < store.records and options.prefetch != OFF:
         weights.ahead = StepAhead(core, tuple(counts), tiered.tape.coming)
     bind(model, modules, tiered)

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from moetier.access import Access, ExpertKey
+from moetier.access import Access, ExpertKey, Part
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import ConfigError, MoetierError
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Fields, Gradients
-from moetier.training.leases import read_again
+from moetier.training.leases import load_ahead, read_again
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
@@ -44,6 +44,8 @@ class TrainingEngine:
         self.applied: Applied | None = None
         # what updates during backward are made with: settings by layer, and scales
         self.upcoming: Callable[[], tuple[Sequence[Settings | None], Scale]] | None = None
+        self.coming: Callable[[], Iterator[Access]] = lambda: iter(())  # forwards whose backward is next
+        self._ahead: dict[ExpertKey, None] = {}  # experts whose gradients are next, about in this order
         self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
         self._begun: dict[int, tuple[Hyper, Scale]] = {}  # layers whose step has begun during backward
         self._at_once: dict[int, dict[ExpertKey, float]] = {}  # squared norms, by layer, of what is applied
@@ -123,16 +125,32 @@ class TrainingEngine:
                 "before the first backward, or freeze them (model.requires_grad_(False), or the parameter `proxy` of "
                 "a layer's experts)"
             )
+        self._ahead.pop(key, None)
         if self.applied.when == "step":
             self.gradients.add(key, gradients)
+            self._load_ahead()
         else:
             self._apply_at_once(key, gradients)
 
     @contextmanager
     def collect(self, access: Access) -> Iterator[Callable[[ExpertKey, Fields], None]]:
         """Around one layer's backward, for `add`; in the end the layer's proxy shows the norm of its gradients."""
+        here = dict(zip(access.keys, self.weights.holding(access.keys), strict=True))
+        self._ahead = dict.fromkeys(sorted(access.keys, key=lambda key: not here[key]))  # what is here comes first
+        following = next(self.coming(), None)
+        if following is not None and self.trains(following.layer):
+            self._ahead.update(dict.fromkeys(following.keys))
+        self._load_ahead()
         yield self.add
         self.show(access.layer)
+
+    def _load_ahead(self) -> None:
+        """Load what the next gradients of this backward go to: their sums, or the states that they are applied to."""
+        if self.applied is None:
+            return
+        cache = self.gradients.cache if self.applied.when == "step" else self.applied.state
+        if cache is not None:
+            load_ahead(cache, self._ahead)
 
     def show(self, layer: int) -> None:
         """Make the norm of a layer's gradients so far the gradient of its proxy."""
@@ -190,6 +208,7 @@ class TrainingEngine:
             fields = records.gradients.fields
             scale_(fields.values(), scale(key, squares[key]))
             self._update(key, records, fields, hyper)
+            self.gradients.used(records.gradients)
         self.gradients.clear(layer)
         self._forget(layer)
 
@@ -234,7 +253,8 @@ class TrainingEngine:
             hyper, scale = self._begun[layer]
             applied.count([key], hyper.step)
             scale_(gradients.values(), scale(key, squares[key]))
-            for _, records in applied.records(self.ledger, self.weights, layer, [key]):
+            for _, records in applied.records(self.ledger, self.weights, layer, [key], part=Part.BACKWARD):
+                self._load_ahead()
                 self._update(key, records, gradients, hyper)
         except BaseException as error:
             self._broken = error

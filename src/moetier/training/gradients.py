@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 import torch
 
-from moetier.access import ExpertKey
-from moetier.cache import ExpertCache
+from moetier.access import ExpertKey, Part
+from moetier.cache import ExpertCache, Lease, WritableLease
 from moetier.record import RecordLayout
 from moetier.stores.scratch import ScratchStore
 from moetier.training.leases import leased
@@ -38,7 +38,7 @@ class Gradients:
         squares = self.squares.setdefault(key.layer, {})
         if self._scratch is not None:
             self._scratch.use(key)
-        with leased(self.cache, key) as lease:
+        with leased(self.cache, key, Part.BACKWARD) as lease:
             lease.dirty = True
             for name, total in lease.fields.items():
                 if key in squares:
@@ -51,9 +51,16 @@ class Gradients:
         """Experts of a layer that have a gradient, ascending."""
         return sorted(self.squares.get(layer, ()))
 
+    def used(self, lease: Lease) -> None:
+        """A sum was used and will not be again: its slot is given up without a write."""
+        assert isinstance(lease, WritableLease)
+        lease.dirty, lease.saved = False, True
+        if self._scratch is not None:
+            self._scratch.clear(lease.key)
+
     def clear(self, layer: int | None = None) -> None:
         """Forget the sums of a layer, or all."""
         for one in list(self.squares) if layer is None else [layer]:
             for key in self.squares.pop(one, {}):
-                if self._scratch is not None:  # its slot is given up without a write
+                if self._scratch is not None:
                     self._scratch.clear(key)

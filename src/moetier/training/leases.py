@@ -1,23 +1,30 @@
-"""Leases for updates: one record at a time, or the same expert's records of several caches together."""
+"""Leases for updates: one record at a time, or the same expert's records of several caches together.
+
+While one expert is at work, the records of the next ones are loaded, and what has to leave for them is written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 
 from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.cache import ExpertCache, Lease
 
+AHEAD = 8  # records at most that are loaded before their turn: enough to keep the disk at work
+SHARE = 4  # and at most this part of the slots, so that little leaves earlier than it had to
 
-def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True) -> Access:
+
+def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True, part: Part = Part.UPDATE) -> Access:
     """An update's access to these records of a layer; the cache gives it its time."""
-    return Access(0, layer, tuple(keys), phase=Phase.PREFILL, writes=writes, part=Part.UPDATE)
+    return Access(0, layer, tuple(keys), phase=Phase.PREFILL, writes=writes, part=part)
 
 
 @contextmanager
-def leased(cache: ExpertCache, key: ExpertKey) -> Iterator[Lease]:
+def leased(cache: ExpertCache, key: ExpertKey, part: Part = Part.UPDATE) -> Iterator[Lease]:
     """A lease on one record for the length of a block. Set its `dirty` as soon as the record is changed."""
-    stream = cache.stream(access_of(key.layer, (key,)))
+    stream = cache.stream(access_of(key.layer, (key,), part=part))
     try:
         yield next(stream)
         for _ in stream:  # gives the lease back
@@ -26,22 +33,21 @@ def leased(cache: ExpertCache, key: ExpertKey) -> Iterator[Lease]:
         stream.close()  # type: ignore[attr-defined]
 
 
-def together(
-    layer: int, keys: Sequence[ExpertKey], first: ExpertCache, *others: ExpertCache
-) -> Iterator[tuple[Lease, ...]]:
-    """Leases on the records of every key in all of these caches, one key at a time, as they become ready in the first.
+def load_ahead(cache: ExpertCache, keys: Iterable[ExpertKey]) -> None:
+    """Begin to load the first few of `keys`, whose turn comes next, in this order."""
+    cache.prefetch(islice(keys, max(1, min(AHEAD, cache.host.slots // SHARE))), displace=True)
 
-    While one expert is computed, the others' records are loaded in the first cache, which should be the one with the
-    most bytes to move.
-    """
-    stream = first.stream(access_of(layer, keys))
-    try:
-        for lease in stream:
-            with ExitStack() as stack:
-                rest = [stack.enter_context(leased(cache, lease.key)) for cache in others]
-                yield (lease, *rest)
-    finally:
-        stream.close()  # type: ignore[attr-defined]
+
+def together(keys: Sequence[ExpertKey], caches: Sequence[tuple[ExpertCache, Part]]) -> Iterator[tuple[Lease, ...]]:
+    """Leases on the records of every key in all of these caches, one key at a time, in this order."""
+    for cache, _ in caches:
+        load_ahead(cache, keys)
+    for number, key in enumerate(keys, 1):
+        with ExitStack() as stack:
+            leases = [stack.enter_context(leased(cache, key, part)) for cache, part in caches]
+            for cache, _ in caches:
+                load_ahead(cache, keys[number : number + AHEAD])
+            yield tuple(leases)
 
 
 def read_again(cache: ExpertCache, counts: Sequence[int]) -> None:

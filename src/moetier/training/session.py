@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moetier.errors import CapacityError, ConfigError, StoreError
 from moetier.plan import format_size
 from moetier.stores.runfolder import RunFolder
+from moetier.training.allocator import give_holes_back
 from moetier.training.applied import Applied, Idle, When
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
@@ -118,6 +119,7 @@ class TrainingSession:
     def stepped(self) -> None:
         """The optimizer has made a step."""
         self.step += 1
+        give_holes_back()
 
     def check_step(self) -> None:
         """Raise `ConfigError` for a step before the optimizer has its state back."""
