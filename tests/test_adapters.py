@@ -159,7 +159,7 @@ def test_accumulation_and_checkpointing_with_adapters(adapted: Get) -> None:
         assert (gradient - found[1][name]).norm() <= 1e-6 * found[1][name].norm(), name
 
 
-def test_what_cannot_be_adapted(checkpoint: Get, tmp_path: Path) -> None:
+def test_what_cannot_be_adapted(checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
     source = checkpoint(NAME, torch.float32)
     with (
@@ -174,3 +174,14 @@ def test_what_cannot_be_adapted(checkpoint: Get, tmp_path: Path) -> None:
     ):
         pass
     model.moetier.close()
+    model = moetier.from_pretrained(source, slots=6, context=64, model_class=model_class(), device="cpu")
+    cache = model.moetier.cache
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.core, "misses", object())  # as cpu_experts has it, which needs a GPU
+        with pytest.raises(moetier.ConfigError, match="cpu_experts='off'"), moetier.adaptable_experts(model):
+            pass
+    with monkeypatch.context() as patch:
+        patch.setattr(model.moetier, "cache", object())  # of slices
+        with pytest.raises(moetier.CapacityError, match="more host_memory"), moetier.adaptable_experts(model):
+            pass
+    cache.close()

@@ -17,7 +17,7 @@ from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace
 from moetier.crew import Crew, OneThread
-from moetier.errors import CapacityError, ConfigError
+from moetier.errors import ConfigError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of
 from moetier.mapping import LayerMap
@@ -107,17 +107,14 @@ class TieredExperts:
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
         access = Access(self._clock, layer, keys, tokens, self._phase, self._sequence, routing.mass, part=part)
-        adapters = factors_of(module)
         if isinstance(self.cache, SliceCache):
-            if adapters:
-                raise CapacityError("adapters on experts need a slot for a whole expert; give more host_memory")
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small and self._by_expert else None
         batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
         if self.sink is not None:
             batches = self.sink.fresh(access, batches)
-        if adapters:
+        if adapters := factors_of(module):
             batches = adapted(batches, adapters)
         result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
         return result, access

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from moetier.errors import ConfigError, UnsupportedModelError
+from moetier.cache import ExpertCache
+from moetier.errors import CapacityError, ConfigError, UnsupportedModelError
 from moetier.experts import per_expert_parameters
 from moetier.record import Field
 from moetier.training.adapters import ACTIVE, MERGED, Factors
@@ -29,7 +30,8 @@ def adaptable_experts(model: Any) -> Iterator[None]:
             model = peft.get_peft_model(model, peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"]))
 
     Also around `PeftModel.from_pretrained`, `load_adapter` and `add_adapter`. Raises `ConfigError` without PEFT and for
-    a model of another kind, `UnsupportedModelError` for one that was loaded to train its experts themselves.
+    a model of another kind, `UnsupportedModelError` for one that was loaded to train its experts themselves,
+    `CapacityError` for a budget below one slot.
     """
     modules = _experts_of(model)
     kind = tiered_wrapper()
@@ -58,7 +60,9 @@ def _experts_of(model: Any) -> list[Any]:
             "the model was loaded to train its experts themselves, and its run folder has no adapters; load it without "
             "train= for adapters on frozen experts"
         )
-    if getattr(tiered.cache.core, "misses", None) is not None:
+    if not isinstance(tiered.cache, ExpertCache):
+        raise CapacityError("adapters on experts need a slot for a whole expert; give more host_memory")
+    if tiered.cache.core.misses is not None:
         raise ConfigError(
             "cpu_experts computes experts from host memory, without adapters; load with cpu_experts='off'"
         )
