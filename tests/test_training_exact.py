@@ -104,6 +104,7 @@ def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -
     recipe = Masters(plain, lambda masters: theirs(masters, fused=True, **settings))
     losses = run(model, optimizer)
     found: list[float] = []
+    norms: list[float] = []
     with torch.enable_grad():
         for step in STEPS:
             for part in range(2):
@@ -111,9 +112,10 @@ def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -
                 loss.backward()
                 found.append(loss.item())
                 recipe.collect()
-            norm = recipe.clip()
+            norms.append(recipe.clip())
             recipe.step()
-    assert losses == found and optimizer.grad_norm == norm > MAX_NORM
+    assert losses == found
+    assert optimizer.grad_norm == norms[-1] and max(norms) > MAX_NORM  # it was clipped
     assert_same(model, plain)
 
 
