@@ -29,6 +29,7 @@ from moetier.routing import Lever
 from moetier.split_trial import SplitTrial
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
+from moetier.training.adapters import adapted, factors_of
 from moetier.training.autograd import differentiable
 from moetier.training.sink import Sink
 from moetier.training.tape import Tape
@@ -113,6 +114,8 @@ class TieredExperts:
         batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
         if self.sink is not None:
             batches = self.sink.fresh(access, batches)
+        if adapters := factors_of(module):
+            batches = adapted(batches, adapters)
         result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
         return result, access
 
