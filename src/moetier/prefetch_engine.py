@@ -31,7 +31,7 @@ _STREAMS = 64  # threads whose predictors are kept
 _LEAST = 0.15  # a predictor's own probability below which a missing expert is not even looked at
 _WARMUP = 192  # accesses, for a predictor that does not say how many passes it needs to be of use
 _CANDIDATES = 16  # an access, at most
-_WORTH = 6.0  # the loads to be hidden take at least so many times as long as asking what they are (docs/LOG.md)
+_WORTH = 4.0  # the loads to be hidden take at least so many times as long as asking what they are (docs/LOG.md)
 _SLACK = 0.5  # records that may be under way when the next access comes: measured, the link shares itself (docs/LOG.md)
 
 
