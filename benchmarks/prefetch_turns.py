@@ -49,12 +49,13 @@ class Workload:
 
 
 WORKLOADS = (
-    *(Workload("big", 0, share, 10) for share in (25, 50, 75, 90)),
+    *(Workload("big", 0, share, 10) for share in (25, 50)),
+    *(Workload("big", 0, share, 20) for share in (75, 90)),
     Workload("big", 7, 50, 10),
-    Workload("demo", "code", 25, 24),
-    Workload("demo", "prose", 50, 24),
-    Workload("demo", "german", 75, 24),
-    Workload("demo", "handbook", 90, 24),
+    Workload("demo", "code", 25, 80),
+    Workload("demo", "prose", 50, 80),
+    Workload("demo", "german", 75, 80),
+    Workload("demo", "handbook", 90, 80),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from layers import KINDS, DictSink, Kind, Twins, routed
 from moetier import ExpertKey, UnsupportedModelError
 from moetier.access import Part
 from moetier.errors import StaleGraphError
-from moetier.experts import per_expert_parameters
+from moetier.experts import Routing, forward_from_leases, per_expert_parameters
 
 Make = Callable[..., Twins]
 
@@ -116,6 +117,50 @@ def test_the_bits_of_the_reference(kind: Kind, dtype: torch.dtype, slots: int, m
         compare(twins, found, gradients_of(twins.plain[0], *inputs))
         with torch.no_grad():
             assert torch.equal(twins.tiered[0](*inputs), found["result"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[4]], ids=lambda kind: kind.name)
+def test_neighbours_change_no_bit(kind: Kind, dtype: torch.dtype, make: Make) -> None:
+    """Also where rows are no whole vectors: the bits of an activation depend on how much is activated at once."""
+    twins = make(replace(kind, inner=23), dtype, slots=6, delay=0.002)
+    for seed in range(5):  # with each, other experts are there already
+        inputs = routed(twins.kind, 20, dtype=dtype, seed=seed)
+        twins.evict()
+        twins.tiered[0](inputs[0][:1], inputs[1][:1], inputs[2][:1])
+        expected = gradients_of(twins.plain[0], *inputs)
+        for _ in range(2):  # the second time all of them are
+            twins.sink.gradients.clear()
+            compare(twins, gradients_of(twins.tiered[0], *inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("threads", "inner", "rows", "calls"), [(1, 24, 4, 3), (1, 64, 4, 1), (5, 1408, 54, 3), (5, 1408, 55, 1)]
+)
+def test_experts_are_activated_together_where_that_changes_no_bit(
+    threads: int, inner: int, rows: int, calls: int
+) -> None:
+    """A run of experts is one activation if every row, and every thread's part, is whole vectors."""
+    sizes: list[int] = []
+
+    def activation(up: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(up))
+        return torch.sigmoid(up)
+
+    module = SimpleNamespace(has_gate=False, is_transposed=False, has_post_expert_norm=False, act_fn=activation)
+    hidden, index = torch.randn(rows, 8), torch.arange(3).expand(rows, 3)
+    fields = {"up_proj": torch.randn(inner, 8), "down_proj": torch.randn(8, inner)}
+    leases: Any = [SimpleNamespace(key=ExpertKey(0, expert), fields=fields, in_place=False) for expert in range(3)]
+    routing = Routing(index, torch.rand(rows, 3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = forward_from_leases(module, hidden, routing, [[lease] for lease in leases])
+        sizes.clear()
+        assert torch.equal(forward_from_leases(module, hidden, routing, [leases]), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert len(sizes) == calls and sum(sizes) == 3 * rows
 
 
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from device_training import two_tiers
 from moetier.cli import app
+from moetier.cli.train_report import scalars
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
 
@@ -300,3 +301,27 @@ def test_steps_are_reported_whole() -> None:
         said_of([step])
         == "loss 2.0000 · 128 tokens/s · hits 75 % · read 4.0 KiB, written 2.0 KiB a step · dirty 1.0 KiB"
     )
+
+
+def test_routing_that_favours_experts_in_memory(model: Path, text: Path, tmp_path: Path) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--schedule", "constant", "--log-every", 2)
+    lever = ("--cache-prior", 0.8, "--keep-top", 0)
+    whole, rest = tmp_path / "whole.json", tmp_path / "rest.json"
+    shown = said(call(*args, *lever, "--steps", 4, "--out", tmp_path / "whole", "--json", whole))
+    assert re.search(r"step 4: .* routing \d+ % changed, balance \d\.\d\d \(own \d\.\d\d\)", shown)
+    found = json.loads(whole.read_text())["routing"]
+    assert found["levers"] == "cache_prior=0.8,keep_top=0" and found["kept"] == 2 and found["tokens"] == 4 * 2 * 2 * 16
+    changed = found["steps"]["changed_tokens"]
+    assert changed[0] == 0.0 < changed[1] and found["changed_tokens"] == pytest.approx(sum(changed) / 4)
+    kept = f"routing kept {100 - 100 * found['changed_experts']:.1f} % by cache_prior=0.8,keep_top=0"
+    assert kept in shown and f"load-balancing loss, 1 is even; own: {found['balance_loss_own']:.3f}" in shown
+    tags = scalars(Step(3, 2.0, 0.1, None, 64, 0.5, 4096, 2048, 3, 4, 1024, {"cv": 0.5}))
+    assert tags["routing/cv"] == 0.5 and "routing/cv" not in scalars(Step(3, 2.0, 0.1, None, 64, 0.5, 1, 1, 3, 4, 1))
+
+    call(*args, *lever, "--steps", 2, "--out", tmp_path / "run", "-q")
+    config = ("--config", tmp_path / "run" / "train.toml", "--resume")
+    assert "trained with routing cache_prior=0.8,keep_top=0, not cache_prior=0.2,keep_top=0" in said(
+        call(*config, "--cache-prior", 0.2, code=2)
+    )
+    call(*config, "--steps", 4, "--json", rest, "--slots", 7, "-q")
+    assert losses(rest) == losses(whole)[2:]

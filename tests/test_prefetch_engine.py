@@ -213,6 +213,5 @@ def test_where_asking_takes_longer_than_what_it_could_save_it_is_given_up(asking
             now += asking
             prefetching.asked(asking)
     controller = prefetching.controller
-    assert (controller.state is State.OFF) == given_up
     assert ("asking" in controller.words()) == given_up
     assert prefetching.predict_seconds <= 2 * LAYERS * 1e-3, "only until it was known what it takes"

@@ -24,6 +24,8 @@ MODULES += [
     "threads",
     "overlap",
     "timeline",
+    "training.balance",
+    "training.kept",
     "training.orders",
     "perfetto",
     "predictors",

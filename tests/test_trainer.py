@@ -17,8 +17,19 @@ from transformers import TrainerCallback, TrainingArguments
 import moetier
 from device_training import kernels_at_once, late_device, two_tiers
 from families import VOCAB
+from moetier.training import reference
+from moetier.training.balance import NUMBERS
 from moetier.training.trainer import check_device
-from training import NAME, assert_close, batch, load_reference, load_trained, model_class, trained_experts
+from training import (
+    NAME,
+    assert_close,
+    assert_same,
+    batch,
+    load_reference,
+    load_trained,
+    model_class,
+    trained_experts,
+)
 
 Get = Callable[..., Any]
 
@@ -146,6 +157,29 @@ def test_losses_are_those_of_the_trainer_in_memory(kind: str, runs: Runs, checkp
     assert mine.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-6)
     if kind == "sgd":  # in Adam, the sign of a gradient of nearly nothing decides about a whole step
         assert_close(mine.model, plain, 1e-5)
+
+
+def test_mixed_precision_is_that_in_memory(runs: Runs, checkpoint: Get, tmp_path: Path) -> None:
+    """Autocast casts what is around the experts; their products stay in fp32, as in `grouped_mm`.
+
+    A difference in the last bit of fp32 does not stay one: it decides how some activation is rounded to bf16. So the
+    reference is compared to the bit, and `grouped_mm` in the first step. (Products in bf16 would be 1e-3 off there.)
+    """
+    options: dict[str, Any] = {"save_strategy": "no", "bf16": True, "gradient_accumulation_steps": 2, "max_steps": 3}
+    options["max_grad_norm"] = 0.0  # Trainer clips with a norm that it adds up in another order
+    mine = runs.trainer(load={"slots": "25%"}, **options)
+    mine.train()
+    trainers = [mine]
+    for implementation in (reference.NAME, "grouped_mm"):
+        plain = load_reference(checkpoint(NAME, torch.float32), implementation=implementation)
+        trainers.append(made(transformers.Trainer, plain, arguments(tmp_path / "memory", **options)))
+        trainers[-1].train()
+    _, same, grouped = trainers
+    assert losses(mine) == losses(same) and losses(mine)[0] != losses(mine)[-1]
+    assert_same(mine.model, same.model)
+    for name in ("loss", "grad_norm"):
+        assert mine.state.log_history[0][name] == pytest.approx(grouped.state.log_history[0][name], rel=1e-5)
+    assert losses(mine) == pytest.approx(losses(grouped), rel=5e-3)
 
 
 @pytest.mark.parametrize(
@@ -446,3 +480,18 @@ def test_adapters_on_frozen_experts(runs: Runs, checkpoint: Get, tmp_path: Path)
     runs.models.append(model)
     with pytest.raises(moetier.UnsupportedModelError, match="for adapters on frozen experts load without train="):
         moetier.Trainer(model=peft.get_peft_model(model, config), args=arguments(tmp_path / "wrong"))
+
+
+def test_routing_that_favours_experts_in_memory(runs: Runs) -> None:
+    load = {"cache_prior": 0.7, "slots": 8}
+    trainer = runs.trainer(load=load, max_steps=4, logging_steps=2, save_strategy="no")
+    trainer.train()
+    lines = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(lines) == 2 and all(line.keys() >= {f"routing_{name}" for name in NUMBERS} for line in lines)
+    whole = trainer.model.moetier.stats()["routing"]
+    mean = sum(line["routing_changed_tokens"] for line in lines) / 2
+    assert whole["changed_tokens"] == pytest.approx(mean) and mean > 0
+    assert "routing_cv" not in trainer.evaluate()
+    trainer.model.moetier.close()
+    with pytest.raises(moetier.ConfigError, match=r"cache_prior=0\.7: routers that choose again cannot be compiled"):
+        runs.trainer("compiled", load=load, torch_compile=True)

@@ -14,7 +14,19 @@ import pytest
 import torch
 
 import moetier
-from training import NAME, assert_close, assert_same, batch, clip_reference, load_reference, load_trained, loop
+from moetier.experts import per_expert_parameters
+from moetier.training.optimizers.clipping import coefficient, norm_of, scale_, squared_norm
+from training import (
+    NAME,
+    assert_close,
+    assert_same,
+    batch,
+    clip_reference,
+    expert_modules,
+    load_reference,
+    load_trained,
+    loop,
+)
 
 STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "3")))
 MAX_NORM = 0.5
@@ -84,24 +96,58 @@ def test_within_a_millionth_of_stock_transformers(kind: str, checkpoint: Get, tr
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -> None:
-    """The same recipe in memory: weights of bf16, all else of fp32. One backward a step: bf16 sums would differ."""
+    """The same recipe in memory: bf16 weights with fp32 masters and moments; experts' gradients add up in fp32, those
+    of the other parameters as torch adds them, in bf16."""
     make, theirs, settings = OPTIMIZERS[kind]
     model, plain = trained(torch.bfloat16), prepared(load_reference(checkpoint(NAME, torch.bfloat16)))
-    optimizer = make(model, fused=True, **settings)
-    own = list(plain.parameters())
-    masters = [p.detach().float().requires_grad_() for p in own]
-    other = theirs(masters, fused=True, **settings)
-    losses: list[float] = []
+    optimizer = make(model, fused=True, max_grad_norm=MAX_NORM, **settings)
+    recipe = Masters(plain, lambda masters: theirs(masters, fused=True, **settings))
+    losses = run(model, optimizer)
+    found: list[float] = []
+    norms: list[float] = []
     with torch.enable_grad():
         for step in STEPS:
-            loss = plain(**batch(step), use_cache=False, output_router_logits=True).loss
-            loss.backward()
-            losses.append(loss.item())
-            for p, master in zip(own, masters, strict=True):
-                assert p.grad is not None
-                master.grad, p.grad = p.grad.float(), None
-            other.step()
-            for p, master in zip(own, masters, strict=True):
-                p.data.copy_(master.data)
-    assert loop(model, optimizer, STEPS, output_router_logits=True) == losses
+            for part in range(2):
+                loss = plain(**batch(2 * step + part), use_cache=False, output_router_logits=True).loss / 2
+                loss.backward()
+                found.append(loss.item())
+                recipe.collect()
+            norms.append(recipe.clip())
+            recipe.step()
+    assert losses == found
+    assert optimizer.grad_norm == norms[-1] and max(norms) > MAX_NORM  # it was clipped
     assert_same(model, plain)
+
+
+class Masters:
+    """A plain optimizer on fp32 copies of a bf16 model's parameters."""
+
+    def __init__(self, model: Any, make: Any):
+        stacked = {id(getattr(m, name)) for m in expert_modules(model) for name in per_expert_parameters(m)}
+        masters = [(p, p.detach().float().requires_grad_()) for p in model.parameters()]
+        self.experts = [pair for pair in masters if id(pair[0]) in stacked]
+        self.others = [pair for pair in masters if id(pair[0]) not in stacked]
+        self.optimizer = make([master for _, master in masters])
+
+    def collect(self) -> None:
+        for p, master in self.experts:
+            assert p.grad is not None
+            master.grad = p.grad.float() if master.grad is None else master.grad + p.grad.float()
+            p.grad = None
+
+    def clip(self) -> float:
+        gradients = [p.grad for p, _ in self.others]
+        squares = [squared_norm([gradient]) for gradient in gradients]
+        for (_, up), (_, down) in zip(self.experts[::2], self.experts[1::2], strict=True):  # of a layer
+            squares += [squared_norm([up.grad[expert], down.grad[expert]]) for expert in range(len(up))]
+        norm = norm_of(squares)
+        scale_([*gradients, *(master.grad for _, master in self.experts)], coefficient(norm, MAX_NORM))
+        return norm
+
+    def step(self) -> None:
+        for p, master in self.others:
+            master.grad, p.grad = p.grad.float(), None
+        self.optimizer.step()
+        for p, master in [*self.experts, *self.others]:
+            p.data.copy_(master.data)
+            master.grad = None

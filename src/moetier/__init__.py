@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from moetier.loading import from_pretrained
     from moetier.options import Options
     from moetier.training.optimizer import SGD, AdamW
+    from moetier.training.peft import adaptable_experts
     from moetier.training.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Trainer",
     "UnsupportedModelError",
     "Workload",
+    "adaptable_experts",
     "from_pretrained",
     "make_plan",
 ]
@@ -65,6 +67,7 @@ _LAZY = {
     "SGD": "moetier.training.optimizer",
     "TieredExpertsConfig": "moetier.hf",
     "Trainer": "moetier.training.trainer",
+    "adaptable_experts": "moetier.training.peft",
     "from_pretrained": "moetier.loading",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from moetier.stores.packed_index import PackedIndex
 from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
 from moetier.tiers import configure_all
+from moetier.training.adapters import merged_store
 from moetier.training.ahead import StepAhead
 
 
@@ -87,7 +89,7 @@ def attach_cache(
     if crew is not None and options.split == "auto":
         tiered.trial = SplitTrial()
     bind(model, modules, tiered)
-    save_streaming(model, shards, maps)
+    save_streaming(model, shards, maps, partial(merged_store, store, [module for _, module in modules]))
     if options.levers.on:
         try:
             tiered.lever = Lever(model, options.levers)

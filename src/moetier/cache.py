@@ -281,6 +281,18 @@ class ExpertCache:
             self._start_orders()
         return began
 
+    def pin(self, keys: Iterable[ExpertKey], instead_of: Iterable[ExpertKey] = ()) -> None:
+        """Keep `keys` in the fastest tier once they are there, and let `instead_of` leave again.
+
+        Raises `CapacityError` beyond half of the tier.
+        """
+        with self._condition:
+            for key in instead_of:
+                self.core.unpin(key)
+            for key in keys:
+                self.core.pin(key)
+            self._start_orders()
+
     def settle(self) -> None:
         """Wait until every copy ordered so far has ended: loads that nobody waits for, and write-backs.
 

@@ -21,8 +21,11 @@ from moetier.crew import Crew, Task
 from moetier.products import MAX_ROWS
 from moetier.stores.slices import GRANULE, divide, least_outputs
 
-Fields = dict[str, torch.Tensor]
 AT_ONCE = 4 << 20  # bytes between the products of a layer up to which all its experts have them at the same time
+STRIDE = 128  # bytes that torch's elementwise kernels take at once, at most: two vectors of AVX-512
+GRAIN = 32768  # elements from which on torch gives every thread a part of an elementwise kernel
+
+Fields = dict[str, torch.Tensor]
 # neighbouring experts: which of the access's experts, in ascending order, and its fields
 Run = list[tuple[int, Fields]]
 
@@ -187,6 +190,7 @@ class _Math:
         self.up_bias = f"{self.up_name}_bias"
         weight = fields[self.up_name]
         self.down = _buffer(rows, fields["down_proj"], module.is_transposed)
+        self._inner = outputs_of(weight, module.is_transposed) // (2 if module.has_gate else 1)
         self._tokens = tokens
         self._ends = list(accumulate(tokens))
         self._rows = rows.to(weight.dtype).split_with_sizes(tokens)
@@ -202,27 +206,27 @@ class _Math:
             for number, fields in run:
                 self._compute_many(number, fields)
             return
-        module, transposed, ends = self.module, self.module.is_transposed, self._ends
+        transposed, ends = self.module.is_transposed, self._ends
         first, last = run[0][0], run[-1][0]
         for number, fields in run:
             bias = fields.get(self.up_bias)
             _linear(self._rows[number], fields[self.up_name], bias, transposed, self._ups[number])
-        h = self.up[ends[first] - self._tokens[first] : ends[last]]
-        h = module._apply_gate(h) if module.has_gate else module.act_fn(h)
-        parts = h.to(self.down.dtype).split_with_sizes(self._tokens[first : last + 1])
+        begin, end = ends[first] - self._tokens[first], ends[last]
+        if first == last or self._joins((end - begin) * self._inner):
+            parts = self._activated(self.up[begin:end]).split_with_sizes(self._tokens[first : last + 1])
+        else:
+            parts = tuple(map(self._activated, self._ups[first : last + 1]))
         for (number, fields), x in zip(run, parts, strict=True):
             bias = fields.get("down_proj_bias")
             _linear(x, fields["down_proj"], bias, transposed, self._downs[number])
 
     def _compute_many(self, number: int, fields: Fields) -> None:
         """One expert of a large step: what is between its products is there for this expert only."""
-        module, transposed, rows = self.module, self.module.is_transposed, self._rows[number]
+        transposed, rows = self.module.is_transposed, self._rows[number]
         up = _buffer(rows, fields[self.up_name], transposed)
         _linear(rows, fields[self.up_name], fields.get(self.up_bias), transposed, up)
-        h = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-        _linear(
-            h.to(self.down.dtype), fields["down_proj"], fields.get("down_proj_bias"), transposed, self._downs[number]
-        )
+        bias = fields.get("down_proj_bias")
+        _linear(self._activated(up), fields["down_proj"], bias, transposed, self._downs[number])
 
     def can_share(self, number: int, crew: Crew) -> bool:
         """Whether `compute_shared` can have this expert."""
@@ -230,12 +234,33 @@ class _Math:
 
     def compute_shared(self, number: int, fields: Fields, crew: Crew, aside: Callable[[], None] | None) -> None:
         """One expert of one row, alone: the crew shares the outputs of its matrices."""
-        module, out = self.module, self._ups[number]
+        out = self._ups[number]
         weight, bias = fields[self.up_name], fields.get(self.up_bias)
         crew.run(_parts(self._rows[number], weight, bias, out, crew.helpers + 1), aside)
-        h = module._apply_gate(out) if module.has_gate else module.act_fn(out)
         weight, bias = fields["down_proj"], fields.get("down_proj_bias")
-        crew.run(_parts(h.to(self.down.dtype), weight, bias, self._downs[number], crew.helpers + 1))
+        crew.run(_parts(self._activated(out), weight, bias, self._downs[number], crew.helpers + 1))
+
+    def _activated(self, up: torch.Tensor) -> torch.Tensor:
+        """[n, …] of the up projection → [n, I]."""
+        module = self.module
+        h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+        return h.to(self.down.dtype)
+
+    def _joins(self, elements: int) -> bool:
+        """Whether an activation over so many elements gives each expert the bits that it gets by itself.
+
+        The CPU's kernels compute what is left behind the last whole vector with scalar functions, which may round
+        otherwise. So neighbours are activated together only where every row, and every thread's part, is whole vectors.
+        """
+        if self.up.device.type != "cpu":
+            return True
+        size = self.up.element_size()
+        if self._inner * size % STRIDE:
+            return False
+        if elements < GRAIN:
+            return True
+        threads = min(torch.get_num_threads(), -(-elements // GRAIN))
+        return -(-elements // threads) * size % STRIDE == 0
 
 
 def _parts(

@@ -18,7 +18,8 @@ _SHARES = ("cache_prior", "max_mass", "drop_misses")  # numbers between 0 and 1
 
 @dataclass(frozen=True, slots=True)
 class Levers:
-    """How far routing may bend towards the experts that are in the fastest tier. Used while decoding, not in a prefill.
+    """How far routing may bend towards the experts that are in the fastest tier. Used while decoding, not in a prefill;
+    and in training, where it is towards those that are kept there on purpose (docs/training.md).
 
     Choosing again, in one of two forms:
 

@@ -40,7 +40,7 @@ class Options:
     `train_step` (docs/training.md). `slots` are then those of weights, on a GPU those in its memory; `state_slots` and
     `gradient_slots` those of optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
     `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder. Left alone, `policy` is "zigzag"
-    in training.
+    in training. The levers that choose again (`cache_prior` and the next three) then bend routing in training mode.
     """
 
     device_memory: str | int | None = None
@@ -112,7 +112,7 @@ class Options:
             "prefetch": self.prefetch not in (AUTO, OFF),
             "pin_after": self.pin_after is not None,
             "profile": self.profile is not None,
-            "the lossy levers": self.levers.on,
+            "drop_misses": self.levers.drop_misses > 0,
         }
         for name, asked in unused.items():
             if asked:

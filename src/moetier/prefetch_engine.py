@@ -275,8 +275,8 @@ class Prefetching:
         """The controller has changed its mind, and should not have if there is nothing to gain."""
         if self.controller.predicts and self._needs * self._load_seconds < _WORTH * self._asking:
             self.controller.give_up(
-                f"an access loads for {1e3 * self._needs * self._load_seconds:.2g} ms, and asking what takes "
-                f"{1e3 * self._asking:.2g} ms"
+                f"an access loads for {1e3 * self._needs * self._load_seconds:.2g} ms, too little for the "
+                f"{1e3 * self._asking:.2g} ms of asking what"
             )
         predicts = self.controller.predicts
         if not predicts:

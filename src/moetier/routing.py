@@ -21,7 +21,19 @@ from moetier.access import ExpertKey, Phase
 from moetier.interception import Intercepted, Scale
 from moetier.levers import Levers
 
-__all__ = ["Lever", "cold_misses", "logits_of", "order_of", "prefer_residents", "prefer_within_rank", "settle"]
+__all__ = [
+    "Lever",
+    "choose_again",
+    "cold_misses",
+    "logits_of",
+    "on_host",
+    "order_of",
+    "prefer_residents",
+    "prefer_within_rank",
+    "score_range",
+    "settle",
+    "shares_of",
+]
 
 Scores = NDArray[np.float32]
 Choice = NDArray[np.int64]
@@ -49,6 +61,14 @@ def score_range(z: Scores) -> NDArray[np.float32]:
     """Per token, the greatest less the least score of those it may choose: [T]."""
     ranges: NDArray[np.float32] = z.max(axis=1) - np.where(np.isneginf(z), np.inf, z).min(axis=1)
     return ranges
+
+
+def shares_of(z: Scores, scale: Scale) -> NDArray[np.float64]:
+    """The scores as shares of one per token, [T, E]: the softmax, or where they are no logits what is positive."""
+    mass = np.maximum(z, 0) if scale is Scale.SCORES else np.exp(z - z.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = mass.astype(np.float64)
+    shares /= np.maximum(mass.sum(axis=1, keepdims=True, dtype=np.float64), 1e-30)
+    return shares
 
 
 def order_of(z: Scores, own: Choice) -> Choice:
@@ -86,11 +106,23 @@ def prefer_within_rank(
     rank = np.arange(z.shape[1])
     preferred = resident[order] & (rank < max_rank) & ~np.isneginf(ranked)
     if max_mass is not None:
-        mass = np.maximum(ranked, 0) if scale is Scale.SCORES else np.exp(ranked - ranked.max(axis=1, keepdims=True))
-        mass = mass.astype(np.float64) / np.maximum(mass.sum(axis=1, keepdims=True, dtype=np.float64), 1e-30)
+        mass = shares_of(ranked, scale)
         preferred &= np.cumsum(mass, axis=1) - mass < max_mass
     preferred[:, :keep] = True
     return np.take_along_axis(order, np.argsort(~preferred, axis=1, kind="stable")[:, : own.shape[1]], axis=1)
+
+
+def choose_again(
+    levers: Levers, z: Scores, own: Choice, resident: Mask, keep: int, bonus: float, scale: Scale
+) -> tuple[Choice, NDArray[np.int64]]:
+    """What the levers make of a router's choice, [T, K], and how many experts of it are new, [T].
+
+    `keep` and `bonus` are what `keep_top` and `cache_prior` come to in this layer.
+    """
+    if levers.cache_prior:
+        return settle(z, own, prefer_residents(z, own, resident, bonus, keep))
+    rank = levers.max_rank or z.shape[1]
+    return settle(z, own, prefer_within_rank(z, own, resident, keep, rank, levers.max_mass, scale))
 
 
 def settle(z: Scores, own: Choice, chosen: Choice) -> tuple[Choice, NDArray[np.int64]]:
@@ -178,7 +210,7 @@ class Lever:
         self._counts["choices"] += index.numel()
         if not self.levers.drop_misses:
             return index, weights
-        chosen, gates = _on_host(index, weights)
+        chosen, gates = on_host(index, weights)
         resident = np.array(self._tiered.cache.holding(self._keys[layer]))
         dropped = cold_misses(chosen, gates, resident, self.levers.drop_misses)
         if not dropped.any():
@@ -194,18 +226,13 @@ class Lever:
         if self._tiered.phase is not Phase.DECODE:
             return None
         levers = self.levers
-        chosen, scores = _on_host(own, ranked)
+        chosen, scores = on_host(own, ranked)
         z = logits_of(scores, chosen, scale)
         bonus = levers.cache_prior * self._mean_range(layer, z) if levers.cache_prior else 0.0
         resident = np.array(self._tiered.cache.holding(self._keys[layer]))
         if resident[chosen].all():  # no rule would change that
             return None
-        if levers.cache_prior:
-            wanted = prefer_residents(z, chosen, resident, bonus, self._keep[layer])
-        else:
-            rank = levers.max_rank or z.shape[1]
-            wanted = prefer_within_rank(z, chosen, resident, self._keep[layer], rank, levers.max_mass, scale)
-        choice, new = settle(z, chosen, wanted)
+        choice, new = choose_again(levers, z, chosen, resident, self._keep[layer], bonus, scale)
         if not new.any():
             return None
         self._counts["changed"] += int(new.sum())
@@ -219,7 +246,7 @@ class Lever:
         return self._ranges[layer]
 
 
-def _on_host(index: torch.Tensor, values: torch.Tensor) -> tuple[Choice, Scores]:
+def on_host(index: torch.Tensor, values: torch.Tensor) -> tuple[Choice, Scores]:
     """Expert ids [T, K] and numbers [T, N] as arrays."""
     if index.device.type == "cpu":
         return index.long().numpy(), values.detach().float().numpy()

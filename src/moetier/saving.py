@@ -32,12 +32,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def save_streaming(
-    model: Any, shards: Shards, maps: list[LayerMap], changed: Callable[[], ExpertStore] | None = None
+    model: Any, shards: Shards, maps: list[LayerMap], changed: Callable[[], ExpertStore | None] | None = None
 ) -> None:
     """Give the model a `save_pretrained` that writes its experts too.
 
     `changed` is called when the model is saved, and gives the store that holds the experts as they are by then, every
-    change included; without it they are as the checkpoint has them.
+    change included; without it, or where it gives None, they are as the checkpoint has them.
     """
     plain_save = type(model).save_pretrained
     targets = {name: m.layout.fields[0].dtype for m in maps for name in m.tensors}
@@ -48,7 +48,8 @@ def save_streaming(
             return
         if kwargs.pop("push_to_hub", False):
             raise ConfigError("push_to_hub is not supported for tiered models; save to a folder and upload that")
-        if shards.known and changed is None:
+        store = None if changed is None else changed()
+        if shards.known and store is None:
             raise ConfigError(
                 f"{shards.files[0].parent}: a model that was loaded from a packed store cannot be saved; make the "
                 "checkpoint again (moetier unpack) and load that"
@@ -59,7 +60,7 @@ def save_streaming(
         if folder.is_file():
             raise ConfigError(f"{folder} is a file; give a folder to save to")
         limit = parse_size(kwargs.get("max_shard_size", "5GB"), "max_shard_size")
-        experts = None if changed is None else ExpertTensors(changed(), maps, shards)
+        experts = None if store is None else ExpertTensors(store, maps, shards)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as scratch:

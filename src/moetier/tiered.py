@@ -29,6 +29,7 @@ from moetier.routing import Lever
 from moetier.split_trial import SplitTrial
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
+from moetier.training.adapters import adapted, factors_of
 from moetier.training.autograd import differentiable
 from moetier.training.sink import Sink
 from moetier.training.tape import Tape
@@ -113,6 +114,8 @@ class TieredExperts:
         batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
         if self.sink is not None:
             batches = self.sink.fresh(access, batches)
+        if adapters := factors_of(module):
+            batches = adapted(batches, adapters)
         result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
         return result, access
 
@@ -191,7 +194,7 @@ class TieredExperts:
 
     def stats(self) -> dict[str, Any]:
         """Hits, lates and misses per tier and layer; bytes and time per link; seconds in all; times per phase; how
-        small steps are split among threads, where that is on trial.
+        small steps are split among threads, where that is on trial; what lossy levers and cache-aware routing did.
         """
         phases = {
             phase.name.lower(): {
@@ -204,7 +207,11 @@ class TieredExperts:
         stats = {**self.cache.stats(), "phases": phases}
         if self.trial is not None:
             stats["split"] = {"now": self.trial.report(), "changes": self.trial.changes}
-        return stats if self.lever is None else {**stats, "levers": self.lever.report()}
+        if self.lever is not None:
+            stats["levers"] = self.lever.report()
+        if self.training is not None and self.training.routing is not None:
+            stats["routing"] = self.training.routing.report()
+        return stats
 
     def events(self) -> EventLog:
         """The log of the core's inputs so far, for replay; needs the option `record_events=True`."""

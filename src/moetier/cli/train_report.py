@@ -16,6 +16,7 @@ from rich.table import Table
 
 from moetier import __version__
 from moetier.plan import format_size
+from moetier.training.balance import NUMBERS
 
 if TYPE_CHECKING:
     from moetier.training.lm import Evaluation, LanguageModelTraining, Step
@@ -116,6 +117,8 @@ def scalars(step: Step) -> dict[str, float]:
         found["train/grad_norm"] = step.grad_norm
     if step.uses:
         found["experts/hit_rate"] = step.hits / step.uses
+    if step.routing is not None:
+        found |= {f"routing/{name}": value for name, value in step.routing.items()}
     return found
 
 
@@ -131,6 +134,13 @@ def said_of(steps: Sequence[Step]) -> str:
         f"written {format_size(sum(step.written_bytes for step in steps) // count)} a step",
         f"dirty {format_size(steps[-1].dirty_bytes)}",
     ]
+    bent = [step.routing for step in steps if step.routing is not None]
+    if bent:
+        changed, given, own = (
+            statistics.fmean(one[name] for one in bent)
+            for name in ("changed_experts", "balance_loss", "balance_loss_own")
+        )
+        said.append(f"routing {100 * changed:.0f} % changed, balance {given:.2f} (own {own:.2f})")
     return " · ".join(said)
 
 
@@ -149,6 +159,8 @@ def report(
     evaluations         step, loss, perplexity of each
     bytes               read and written in all, from and to the run folder and the scratch file
     caches              by name (weights, state, gradients): what `ExpertCache.stats` says, and hit rates by tier
+    routing             only where experts are favoured: settings; what `Tally.summary` says of all steps made now,
+                        per layer too; and under `steps` its numbers as lists, one entry a step
     seconds             load, train (evaluations and checkpoints included)
     """
     counters = training.counters()
@@ -158,6 +170,12 @@ def report(
             uses = sum(sum(tier[kind]) for kind in ("hits", "lates", "misses"))
             tier["hit_rate"] = sum(tier["hits"]) / uses if uses else 0.0
     fields = list(type(teller.steps[0]).__dataclass_fields__) if teller.steps else ["loss"]
+    fields = [name for name in fields if name != "routing"]
+    bent = [step.routing for step in teller.steps if step.routing is not None]
+    favoured = training.routing()
+    routing = {}
+    if favoured is not None:
+        routing["routing"] = favoured | {"steps": {name: [one[name] for one in bent] for name in NUMBERS}}
     plan, held_out = training.model.moetier.plan, teller.held_out
     return {
         "version": REPORT_VERSION,
@@ -178,6 +196,7 @@ def report(
         "evaluations": [asdict(found) | {"perplexity": found.perplexity} for found in teller.evaluations],
         "bytes": {"read": counters["read_bytes"], "written": counters["written_bytes"]},
         "caches": caches,
+        **routing,
         "seconds": {"load": load_seconds, "train": teller.seconds},
     }
 
@@ -211,6 +230,26 @@ def show(result: dict[str, Any], console: Console) -> None:
         for name in ("read", "written"):
             said = f"a step; {format_size(result['bytes'][name])} in all, with evaluations and checkpoints"
             table.add_row(name, format_size(sum(steps[f"{name}_bytes"]) // count), said)
+        for row in routing_rows(result.get("routing")):
+            table.add_row(*row)
         table.add_row("dirty", format_size(max(steps["dirty_bytes"])), "at most, at the end of a step")
     table.add_row("in all", f"{seconds['train']:.2f} s", f"after {seconds['load']:.2f} s of loading")
     console.print(table)
+
+
+def routing_rows(bent: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """What favouring experts in memory changed, and what it did to the balance of load; nothing where none are."""
+    if bent is None:
+        return []
+    kept = f"by {bent['levers']}: not the model's own; {bent['kept']} experts are favoured"
+    sets = f"of a token's probability, mean; {100 * bent['changed_tokens']:.1f} % of the tokens have other experts"
+    return [
+        ("routing kept", f"{100 - 100 * bent['changed_experts']:.1f} %", kept),
+        ("given up", f"{100 * bent['mass_given_up']:.2f} %", sets),
+        (
+            "balance",
+            f"{bent['balance_loss']:.3f}",
+            f"load-balancing loss, 1 is even; own: {bent['balance_loss_own']:.3f}",
+        ),
+        ("spread", f"{bent['cv']:.3f}", f"of tokens per expert, deviation ÷ mean; own: {bent['cv_own']:.3f}"),
+    ]

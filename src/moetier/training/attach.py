@@ -33,6 +33,7 @@ from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
 from moetier.training.outbound import Outbound
 from moetier.training.proxy import give_proxies
+from moetier.training.routing import CacheAwareRouting
 from moetier.training.session import TrainingSession
 
 
@@ -92,6 +93,12 @@ def attach_training(
     bind(model, modules, tiered)
     save_streaming(model, shards, maps, changed=engine.settled)
     clear_with(model, engine)
+    if options.levers.on:
+        try:
+            session.routing = CacheAwareRouting(model, options.levers, weights, counts, top_k)
+        except BaseException:
+            tiered.close()
+            raise
 
 
 def policy_of(options: Options) -> str:

@@ -24,6 +24,7 @@ from moetier.access import Access, Part
 from moetier.cache import ExpertCache, Lease
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
+from moetier.training.adapters import FactorGradients, Factors, adapted, factors_of
 from moetier.training.arithmetic import Autocast
 from moetier.training.layer_backward import LayerBackward, Needs
 from moetier.training.proxy import Proxy
@@ -41,12 +42,14 @@ def differentiable(
     Its experts' gradients go to `tiered.sink` whenever a backward would accumulate those of ordinary parameters.
     """
     sink = tiered.sink if tiered.sink is not None and tiered.sink.trains(layer) else None
-    norm = _norm_of(module)
-    if sink is None and not any(tensor.requires_grad for tensor in (hidden, weights, *norm.values())):
+    norm, adapters = _norm_of(module), factors_of(module)
+    factors = [tensor for of in adapters for tensor in (of.lhs, of.rhs)]
+    if sink is None and not any(tensor.requires_grad for tensor in (hidden, weights, *norm.values(), *factors)):
         with torch.no_grad():
             return tiered.compute(layer, module, hidden, index, weights)[0]
-    kept = _Kept(tiered, layer, module, list(norm), sink, hidden.device)
-    linked = _Keep.apply(kept, kept.anchor, index, hidden, weights, *norm.values())  # type: ignore[no-untyped-call]
+    kept = _Kept(tiered, layer, module, list(norm), [(of.field, of.scale) for of in adapters], sink, hidden.device)
+    tensors = hidden, weights, *norm.values(), *factors
+    linked = _Keep.apply(kept, kept.anchor, index, *tensors)  # type: ignore[no-untyped-call]
     result: torch.Tensor = _Experts.apply(kept, index, *linked)  # type: ignore[no-untyped-call]
     return result
 
@@ -74,10 +77,12 @@ class _Kept:
         layer: int,
         module: Any,
         norm: list[str],
+        adapters: list[tuple[str, float]],
         sink: Sink | None,
         device: torch.device,
     ):
         self.tiered, self.layer, self.module, self.norm = tiered, layer, module, norm
+        self.adapters = adapters  # fields and scales; their factors are among the tensors
         self.sink = sink  # None: the layer's experts are frozen
         self.autocast = Autocast.now(device)
         self.node: Any = None
@@ -88,6 +93,11 @@ class _Kept:
             made_of = self.anchor.view_as(self.anchor).grad_fn
             assert made_of is not None
             self._leaf = made_of.next_functions[0][0]
+
+    def adapters_of(self, factors: list[torch.Tensor]) -> list[Factors]:
+        """The adapters as forward had them, from what was saved of them."""
+        pairs = zip(self.adapters, factors[::2], factors[1::2], strict=True)
+        return [Factors(field, lhs, rhs, scale) for (field, scale), lhs, rhs in pairs]
 
     def collects(self) -> bool:
         """In a backward: whether it would accumulate gradients of ordinary parameters in the experts' place.
@@ -104,7 +114,7 @@ class _Keep(torch.autograd.Function):
     def forward(
         ctx: Any, kept: _Kept, anchor: torch.Tensor, index: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Hidden states, gate weights and the norm's parameters, as they are."""
+        """Hidden states, gate weights, the norm's parameters and the adapters' factors, as they are."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(index, *tensors)
         kept.node = ctx
@@ -121,7 +131,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, kept: _Kept, index: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, *norm: torch.Tensor
+        ctx: Any, kept: _Kept, index: torch.Tensor, hidden: torch.Tensor, weights: torch.Tensor, *others: torch.Tensor
     ) -> torch.Tensor:
         """The very forward of inference."""
         ctx.set_materialize_grads(False)
@@ -136,9 +146,9 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor | None) -> Any:
-        """Gradients of hidden states, gate weights and norm; those of the experts go to the sink."""
+        """Gradients of hidden states, gate weights, norm and adapters; those of the experts go to the sink."""
         kept: _Kept = ctx.kept
-        nothing = (None,) * (4 + len(kept.norm))
+        nothing = (None,) * (4 + len(kept.norm) + 2 * len(kept.adapters))
         if gradient is None:
             return nothing
         cache = kept.tiered.cache
@@ -147,10 +157,13 @@ class _Experts(torch.autograd.Function):
                 "backward needs a slot for a whole expert, and this memory budget has none; give more host_memory"
             )
         _check_versions(ctx.changes, ctx.use.access, ctx.versions)
-        index, hidden, weights, *norm = kept.node.saved_tensors
-        _, _, _, of_hidden, of_weights, *of_norm = kept.node.needs_input_grad
-        wanted = {name: p for name, p, needed in zip(kept.norm, norm, of_norm, strict=True) if needed}
-        needs = Needs(of_hidden, of_weights, kept.collects(), wanted)
+        index, hidden, weights, *others = kept.node.saved_tensors
+        _, _, _, of_hidden, of_weights, *of_others = kept.node.needs_input_grad
+        norm, factors = others[: len(kept.norm)], others[len(kept.norm) :]
+        wanted = {name: p for name, p, needed in zip(kept.norm, norm, of_others, strict=False) if needed}
+        adapters = kept.adapters_of(factors)
+        of_factors = FactorGradients(adapters) if any(of_others[len(norm) :]) else None
+        needs = Needs(of_hidden, of_weights, kept.collects() or of_factors is not None, wanted)
         if not (needs.hidden or needs.weights or needs.experts or needs.norm):
             return nothing
         kept.tiered.tape.play(ctx.use)
@@ -162,10 +175,11 @@ class _Experts(torch.autograd.Function):
             limit = None if cache.device is None else 1
             leases = cast("Generator[list[Lease], None, None]", cache.batches(access, limit))
             with collect as add, closing(leases):
-                for batch in leases:
+                for batch in adapted(leases, adapters) if adapters else leases:
                     for lease in batch:
-                        layer.run(lease, add)
-            return None, None, *layer.results(kept.norm)
+                        layer.run(lease, add if of_factors is None else of_factors.add)
+            found = [None] * len(factors) if of_factors is None else of_factors.results()
+            return None, None, *layer.results(kept.norm), *found
 
 
 def _check_versions(sink: Sink | None, access: Access, versions: tuple[int, ...]) -> None:

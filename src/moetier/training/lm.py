@@ -18,6 +18,7 @@ import torch
 from moetier.cache import ExpertCache
 from moetier.errors import ConfigError, MoetierError, UnsupportedModelError
 from moetier.registry import parse_name
+from moetier.training.balance import NUMBERS
 from moetier.training.lm_settings import Batches, Settings
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer, session_of
 from moetier.training.session import TrainingSession
@@ -42,6 +43,7 @@ class Step:
     hits: int
     uses: int
     dirty_bytes: int  # in memory, newer than at home, at the end of the step
+    routing: dict[str, float] | None = None  # by `balance.NUMBERS`, what favouring experts did; None where none are
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,8 @@ class LanguageModelTraining:
         """
         while self.step < self.settings.steps:
             before = self.counters()  # here: what evaluations and checkpoints move is not a step's
+            routing = self._session.routing
+            tally = None if routing is None else routing.tally.copy()
             begin = time.perf_counter()
             loss, lr = self._step(self.step + 1)
             seconds = time.perf_counter() - begin
@@ -117,7 +121,11 @@ class LanguageModelTraining:
             read, written, hits, uses = (after[name] - before[name] for name in COUNTED)
             tokens = self.settings.accumulation * self.settings.batch_size * self.settings.sequence_length
             norm, dirty = self.optimizer.grad_norm, after["dirty_bytes"]
-            yield Step(self.step, loss, lr, norm, tokens, seconds, read, written, hits, uses, dirty)
+            bent = None
+            if routing is not None and tally is not None:
+                summary = routing.tally.since(tally).summary()
+                bent = {name: float(summary[name]) for name in NUMBERS}
+            yield Step(self.step, loss, lr, norm, tokens, seconds, read, written, hits, uses, dirty, bent)
 
     def _step(self, number: int) -> tuple[float, float]:
         count, lr = self.settings.accumulation, self.settings.lr_of(number)
@@ -166,6 +174,11 @@ class LanguageModelTraining:
         return torch.from_numpy(blocks.tokens[which].astype(np.int64)).to(self.model.device)
 
     # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def routing(self) -> dict[str, Any] | None:
+        """What favouring experts in memory did so far, in this process; None where none are."""
+        routing = self._session.routing
+        return None if routing is None else routing.report()
 
     def caches(self) -> dict[str, ExpertCache]:
         """By what their records are."""

@@ -103,6 +103,7 @@ class TieredOptimizer(torch.optim.Optimizer):
             engine.check_factors(factors)
         scale = self._clipped(factors)
         settings = self._settings()
+        self._session.begin_step()
         for proxy in engine.proxies:  # torch's optimizer passes over what has no gradient
             proxy.weight.grad = None
         self._step_resident()

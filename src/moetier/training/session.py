@@ -7,10 +7,12 @@ optimizer, the random generators, the engine's books. Knows nothing of an update
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from moetier.errors import CapacityError, ConfigError, StoreError
+from moetier.levers import Levers
 from moetier.plan import format_size
 from moetier.stores.runfolder import RunFolder
 from moetier.training.allocator import give_holes_back
@@ -36,6 +38,7 @@ from moetier.training.snapshots import (
 
 if TYPE_CHECKING:
     from moetier.training.optimizer import TieredOptimizer
+    from moetier.training.routing import CacheAwareRouting
 
 FORMAT = 1  # of what a checkpoint holds beside the records
 
@@ -54,6 +57,7 @@ class TrainingSession:
         writeback: str = "evict",
     ):
         self.model, self.run, self.engine = model, run, engine
+        self.routing: CacheAwareRouting | None = None  # favours what is in memory; None: routers choose by themselves
         self.step = 0
         self._state_nbytes, self._state_slots, self._readers = state_nbytes, state_slots, readers
         self._writeback = writeback
@@ -102,6 +106,10 @@ class TrainingSession:
         if usage is not None and self._saved is not None:
             usage.load(self._saved["usage"])
         engine.applied = Applied(records, state, idle, update, usage)
+        if update == "backward":  # gradients wait for nothing, so that their slots stay untouched
+            arena, plan = engine.gradients.cache.host, self.model.moetier.plan
+            untouched = arena.slots * arena.slot_nbytes
+            self.model.moetier.plan = replace(plan, host_total_nbytes=plan.host_total_nbytes - untouched)
         engine.upcoming = optimizer.upcoming
         engine.owes = False
         self._optimizer, self._kind = optimizer, kind
@@ -115,6 +123,11 @@ class TrainingSession:
                 f"{format_size(self._state_nbytes)} were set aside; give host_memory {format_size(slot_nbytes)} more"
             )
         return min(records, slots)
+
+    def begin_step(self) -> None:
+        """The optimizer is about to make a step. Raises `ConfigError` where routing was to be changed and was not."""
+        if self.routing is not None:
+            self.routing.step()
 
     def stepped(self) -> None:
         """The optimizer has made a step."""
@@ -159,6 +172,7 @@ class TrainingSession:
             "ledger": self.engine.ledger.save(),
             "owes": self.engine.anyone_owes(),
             "usage": self.engine.usage(),
+            "routing": None if self.routing is None else self.routing.save(),
             "optimizer": described,
             "random": generators,
             "parts": {name: plain(part.state_dict(), name) for name, part in parts.items()},
@@ -192,11 +206,24 @@ class TrainingSession:
                 f"resume: the checkpoint was made with the parts {sorted(saved['parts'])}, given are {sorted(given)}; "
                 "give the same"
             )
+        self._resume_routing(saved.get("routing"))
         restore_optimizer(self._optimizer, TensorFile(self.run.attachment(at, OPTIMIZER)), saved["optimizer"])
         for name in given:
             parts[name].load_state_dict(saved["parts"][name])
         self.restore_generators()
         return {"step": self.step, "extra": saved["extra"]}
+
+    def _resume_routing(self, saved: dict[str, Any] | None) -> None:
+        """Favour what the checkpoint favoured. Raises `ConfigError` where it was made with other levers."""
+        before = Levers(**saved["levers"]) if saved is not None else Levers()
+        now = Levers() if self.routing is None else self.routing.levers
+        if before != now:
+            raise ConfigError(
+                f"{self.run.folder}: the run was trained with routing {before}, not {now}; give the same, or begin a "
+                "new run in another folder"
+            )
+        if saved is not None and self.routing is not None:
+            self.routing.load(saved)
 
     def restore_generators(self) -> None:
         """Set all random generators as they were at the checkpoint that training goes on from."""

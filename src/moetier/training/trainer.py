@@ -22,6 +22,7 @@ import transformers
 from moetier.errors import ConfigError, StoreError, UnsupportedModelError
 from moetier.hf import find_experts
 from moetier.stores.packed_index import write_durably
+from moetier.training.balance import NUMBERS
 from moetier.training.optimizer import SGD, AdamW, TieredOptimizer, session_of
 from moetier.training.session import TrainingSession
 
@@ -62,7 +63,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         check_arguments(args)
         check_device(args, model)
         self._session: TrainingSession = session
+        if session.routing is not None:
+            self._told = session.routing.tally.copy()  # up to the last line of the log
         if args.torch_compile:
+            if session.routing is not None:
+                raise ConfigError(
+                    f"{session.routing.levers}: routers that choose again cannot be compiled; leave it out"
+                )
             compile_around_experts(model)
         super().__init__(model, args, *positional, **named)
         session.run.keep = None  # Trainer rotates
@@ -94,6 +101,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             self.optimizer = own(self.model, groups, **options)
             check_optimizer(self.optimizer, self.args)
         return self.optimizer
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *positional: Any, **named: Any) -> None:
+        """As Trainer does; where experts in memory are favoured, with what that did since the last line of training."""
+        routing = self._session.routing
+        if routing is not None and "loss" in logs:
+            summary = routing.tally.since(self._told).summary()
+            logs = logs | {f"routing_{name}": summary[name] for name in NUMBERS}
+            self._told = routing.tally.copy()
+        super().log(logs, *positional, **named)
 
     # -- going on ------------------------------------------------------------------------------------------------------
 
