@@ -12,7 +12,8 @@ import torch
 
 from moetier.access import Access, ExpertKey
 from moetier.arenas import DeviceArena, HostArena
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.misses import Miss
 from moetier.record import RecordLayout, round_up
 from moetier.residency import Residency

@@ -17,7 +17,8 @@ import torch
 from moetier import CapacityError, MoetierError, Residency, StoreError, TierConfig, eventlog
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import HostArena
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.record import PAGE, RecordLayout
 
 LAYERS, EXPERTS = 3, 8

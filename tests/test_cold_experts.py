@@ -20,7 +20,8 @@ import moetier
 from device_runs import AtRandom
 from moetier.access import Access, ExpertKey
 from moetier.arenas import HostArena, HostTierArena
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.calibration import Calibration, calibrate, serve_in_place
 from moetier.cli import app
 from moetier.cli.costs import show_costs

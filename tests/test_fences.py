@@ -19,7 +19,8 @@ from device_runs import ChangingRun
 from moetier import Residency, StoreError, TierConfig, arenas
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import CHUNK, DeviceArena, HostArena
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.fences import CopyClock, SlotFences
 from moetier.record import RecordLayout
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together

@@ -14,7 +14,8 @@ import torch
 
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import HostArena, HostTierArena
-from moetier.cache import ExpertCache, WritableLease
+from moetier.cache import ExpertCache
+from moetier.lease import WritableLease
 from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.eventlog import Recorder
 from moetier.record import PAGE

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moetier.arenas import DeviceArena, HostTierArena
-from moetier.cache import Lease
+from moetier.lease import Lease
 from moetier.experts import Routing, expert_math
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moetier.access import Access, Part, Phase
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moetier.access import ExpertKey
-from moetier.cache import Lease
+from moetier.lease import Lease
 from moetier.record import RecordLayout
 from moetier.stores import ExpertStore
 from moetier.training.arithmetic import Fields

@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from moetier.access import ExpertKey, Part
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.training.leases import together
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import RecordOptimizer

@@ -21,7 +21,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from moetier.access import Access, Part
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
 from moetier.training.adapters import FactorGradients, Factors, adapted, factors_of

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from moetier.access import Access, ExpertKey, Part
-from moetier.cache import ExpertCache, Lease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease
 from moetier.errors import ConfigError, MoetierError
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied, Records

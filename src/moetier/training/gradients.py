@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 
 from moetier.access import ExpertKey, Part
-from moetier.cache import ExpertCache, Lease, WritableLease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease, WritableLease
 from moetier.record import RecordLayout
 from moetier.stores.scratch import ScratchStore
 from moetier.training.leases import leased

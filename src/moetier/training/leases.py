@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 from moetier.access import Access, ExpertKey, Part, Phase
-from moetier.cache import ExpertCache, Lease, WritableLease
+from moetier.cache import ExpertCache
+from moetier.lease import Lease, WritableLease
 
 AHEAD = 8  # records at most that are loaded before their turn: enough to keep the disk at work
 SHARE = 4  # and at most this part of the slots, so that little leaves earlier than it had to

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from moetier.access import Access, ExpertKey
-from moetier.cache import Lease
+from moetier.lease import Lease
 
 Gradients = dict[str, torch.Tensor]
 """An expert's gradients by field, each in the field's shape and dtype."""
