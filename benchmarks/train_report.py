@@ -72,7 +72,7 @@ def marks(found: dict[str, Any]) -> list[Mark]:
     made = []
     for (dtype, arm), pairs in pairs_of(found).items():
         name = f"{NAMES[dtype]}, {title(arm)}"
-        if arm == "moetier-25":
+        if Arm.of(arm).share == 25:
             ratio = statistics.median(over_bound(found, pair) for pair in pairs)
             made.append(Mark(f"{name}: step ÷ max(step in memory, bytes ÷ bandwidth)", ratio, BOUND))
         if Arm.of(arm).kind == "moetier":

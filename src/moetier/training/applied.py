@@ -11,6 +11,7 @@ import torch
 from moetier.access import ExpertKey, Part
 from moetier.cache import ExpertCache
 from moetier.lease import Lease
+from moetier.record import RecordLayout
 from moetier.training.leases import together
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import RecordOptimizer
@@ -55,6 +56,10 @@ class Applied:
         """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
         return self.optimizer if self.usage is None else self.optimizer.part(self.usage.share(key))
 
+    def needs_state(self, key: ExpertKey, weights: RecordLayout) -> bool:
+        """Whether an update of the expert, with weights of this layout, needs its state."""
+        return self.state is not None and (self.usage is None or self.to(key).state_layout(weights) is not None)
+
     def count(self, keys: Iterable[ExpertKey], step: int) -> None:
         """Experts are used in a step of their layer; before it is decided how they are updated."""
         if self.usage is not None:
@@ -76,7 +81,7 @@ class Applied:
         """
         if self.state is not None and self.usage is not None:
             layout = weights.store.layout(layer)
-            needs = {key: self.to(key).state_layout(layout) is not None for key in keys}
+            needs = {key: self.needs_state(key, layout) for key in keys}
             without = [key for key in keys if not needs[key]]
             yield from self._leased(ledger, weights, without, None, gradients, part)
             keys = [key for key in keys if needs[key]]

@@ -189,11 +189,11 @@ class TrainingEngine:
 
     def _load_ahead(self) -> None:
         """Load what the next gradients of this backward go to: their sums, or the states that they are applied to."""
-        if self.applied is None:
-            return
-        cache = self.gradients.cache if self.applied.when == "step" else self.applied.state
-        if cache is not None:
-            load_ahead(cache, self._ahead)
+        applied, layout = self.applied, self.weights.store.layout
+        if applied is not None and applied.when == "step":
+            load_ahead(self.gradients.cache, self._ahead)
+        elif applied is not None and applied.state is not None:
+            load_ahead(applied.state, (key for key in self._ahead if applied.needs_state(key, layout(key.layer))))
 
     def show(self, layer: int) -> None:
         """Make the norm of a layer's gradients so far the gradient of its proxy."""
