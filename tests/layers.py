@@ -19,8 +19,8 @@ from moetier import ExpertKey, Residency, TierConfig
 from moetier.access import Access
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.experts import per_expert_parameters
+from moetier.lease import Lease
 from moetier.record import RecordLayout, round_up
 from moetier.tiered import TieredExperts
 from moetier.training import reference

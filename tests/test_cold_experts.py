@@ -21,13 +21,13 @@ from device_runs import AtRandom
 from moetier.access import Access, ExpertKey
 from moetier.arenas import HostArena, HostTierArena
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.calibration import Calibration, calibrate, serve_in_place
 from moetier.cli import app
 from moetier.cli.costs import show_costs
 from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.errors import ConfigError, StoreError
 from moetier.eventlog import Recorder, replay
+from moetier.lease import Lease
 from moetier.misses import AlwaysInPlace, CostModel, Miss, make_miss_policy
 from moetier.options import Options
 from moetier.residency import Residency

@@ -20,8 +20,8 @@ from moetier import Residency, StoreError, TierConfig, arenas
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import CHUNK, DeviceArena, HostArena
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.fences import CopyClock, SlotFences
+from moetier.lease import Lease
 from moetier.record import RecordLayout
 from test_cache import EXPERTS, LAYERS, LAYOUT, FakeStore, together
 

@@ -15,9 +15,9 @@ import torch
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import HostArena, HostTierArena
 from moetier.cache import ExpertCache
-from moetier.lease import WritableLease
 from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.eventlog import Recorder
+from moetier.lease import WritableLease
 from moetier.record import PAGE
 from moetier.residency import Residency
 from moetier.stores.synthetic import FIELD, SyntheticStore

@@ -14,8 +14,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from moetier.access import Access, ExpertKey
 from moetier.arenas import DeviceArena, HostArena, HostTierArena
 from moetier.errors import CapacityError, MoetierError

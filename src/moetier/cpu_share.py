@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from moetier.arenas import DeviceArena, HostTierArena
-from moetier.lease import Lease
 from moetier.experts import Routing, expert_math
+from moetier.lease import Lease
 
 
 class InPlace:

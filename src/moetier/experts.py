@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from moetier.access import ExpertKey
-from moetier.lease import Lease
 from moetier.crew import Crew, Task
+from moetier.lease import Lease
 from moetier.products import MAX_ROWS
 from moetier.stores.slices import GRANULE, divide, least_outputs
 

@@ -18,9 +18,9 @@ import torch
 from moetier.access import Access, ExpertKey, Phase
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.errors import ConfigError
 from moetier.forecast import Measured, Observation, calibrate, fit
+from moetier.lease import Lease
 from moetier.mover import ThreadMover
 from moetier.simulate.config import Link
 from moetier.stores import ExpertStore

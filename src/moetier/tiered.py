@@ -13,7 +13,6 @@ import torch
 
 from moetier.access import Access, Part, Phase
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.calibration import Calibration
 from moetier.chunks import SliceCache, forward_in_slices
 from moetier.cpu_share import InPlace
@@ -21,6 +20,7 @@ from moetier.crew import Crew, OneThread
 from moetier.errors import ConfigError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of
+from moetier.lease import Lease
 from moetier.mapping import LayerMap
 from moetier.overlap import Overlap, StepClock
 from moetier.plan import Plan

@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from moetier.access import Access, Part
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
+from moetier.lease import Lease
 from moetier.training.adapters import FactorGradients, Factors, adapted, factors_of
 from moetier.training.arithmetic import Autocast
 from moetier.training.layer_backward import LayerBackward, Needs

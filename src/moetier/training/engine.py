@@ -19,8 +19,8 @@ import torch
 
 from moetier.access import Access, ExpertKey, Part
 from moetier.cache import ExpertCache
-from moetier.lease import Lease
 from moetier.errors import ConfigError, MoetierError
+from moetier.lease import Lease
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Fields, Gradients

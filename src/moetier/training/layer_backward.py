@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from moetier.lease import Lease
 from moetier.experts import Routing, per_expert_parameters
+from moetier.lease import Lease
 from moetier.training.arithmetic import Autocast, Fields, down_gradients, intermediate, weighted_rows
 from moetier.training.sink import Add, Gradients
 
