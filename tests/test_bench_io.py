@@ -83,7 +83,7 @@ def test_samples_read_what_they_say(file: Path) -> None:
             assert 0 < sample.seconds < 30 and sample.cpu_seconds >= 0
             assert sample.cached == (None if mode == "direct" else 0.0)
             short = bench.sample(Setting(64 << 10, 1, mode), 0.001)
-            assert 0 < short.nbytes < 16 * MIB
+            assert short.nbytes < 16 * MIB, "the time was over"
 
 
 def test_all_settings_in_rounds(file: Path) -> None:
