@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import common
 import llamacpp
 from arms import ENGINES, PEERS, split
-from common import BIG, DEFAULT_THREADS, GIB, MIB, TINY, Ended, MemoryGroup, NoMemoryGroup
+from common import BIG, DEFAULT_THREADS, GIB, MIB, TINY, Ended, MemoryGroup, tidy_end
 from decode_report import disk_summary, tables, update_docs
 from engines import source_of
 from readpath import shards_of
@@ -302,11 +301,8 @@ def main() -> None:
     if args.update_docs:
         update_docs(json.loads(args.update_docs.read_text()))
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child and removes its control group
-        try:
+        with tidy_end():
             Benchmark(args).main()
-        except NoMemoryGroup as error:
-            raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

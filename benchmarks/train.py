@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-from common import MIB, MemoryGroup, NoMemoryGroup, Shape
+from common import MIB, MemoryGroup, Shape, tidy_end
 from decode import failure
 from report import ROOT, Pieces, say, size
 from train_disk import MixedDisk
@@ -192,11 +191,8 @@ def main() -> None:
     if args.update_docs:
         update_docs(json.loads(args.update_docs.read_text()))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child and removes its control group
-    try:
+    with tidy_end():
         Benchmark(args).main()
-    except NoMemoryGroup as error:
-        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
-from common import MIB, NoMemoryGroup, Shape
+from common import MIB, Shape, tidy_end
 from decode import failure
 from report import ROOT, Mark, machine_line, marks_table, say, size, table, update_section, without_pieces, write_json
 from train import TINY
@@ -142,11 +141,8 @@ def main() -> None:
         parser.error("--memory-limit: auto, none, or a number of bytes")
     if args.smoke:
         args.tokens, args.rows, args.steps = 32, 2, 4
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the child and removes its control group
-    try:
+    with tidy_end():
         found = measure(args)
-    except NoMemoryGroup as error:
-        raise SystemExit(f"error: {error}") from None
     write_json(args.json, found)
     print(tables(found))
 

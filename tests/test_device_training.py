@@ -13,15 +13,10 @@ import moetier
 from device_training import kernels_at_once, late_device, two_tiers
 from moetier.arenas import DeviceArena
 from moetier.training.optimizers.clipping import norm_of
-from training import NAME, assert_same, clip_reference, load_reference, load_trained, loop, trained_experts
+from training import NAME, OPTIMIZERS, assert_same, clip_reference, load_reference, load_trained, loop, trained_experts
 
 Get = Callable[..., Any]
 STEPS = range(2)
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
-    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-}
 
 
 @pytest.fixture
@@ -76,7 +71,7 @@ def test_a_plain_loop(
     model = trained(slots=slots, host_memory=few_host_slots(trained))
     assert isinstance(model.moetier.cache.device, DeviceArena) == model.moetier.cache.host.page_locked == late
     assert 1 < model.moetier.cache.host.slots < 8
-    make, theirs, options = KINDS[kind]
+    make, theirs, options = OPTIMIZERS[kind]
     plain = load_reference(checkpoint(NAME, torch.float32))
     optimizer, other = (
         make(model, fused=True, update=update, **options),
@@ -98,7 +93,7 @@ def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
         each.activation_checkpointing_enable({"use_reentrant": reentrant})
         each.enable_input_require_grads()
         each.config.router_aux_loss_coef = each.router_aux_loss_coef = 0.1
-    make, theirs, options = KINDS["adamw"]
+    make, theirs, options = OPTIMIZERS["adamw"]
     optimizer, other = (
         make(model, fused=True, max_grad_norm=0.5, **options),
         theirs(plain.parameters(), fused=True, **options),

@@ -14,7 +14,7 @@ from moetier.access import ExpertKey
 from moetier.arenas import DeviceArena
 from moetier.record import RecordLayout
 from moetier.training.outbound import Outbound
-from training import NAME, assert_close, batch, expert_modules, load_reference, load_trained, trained_experts
+from training import GENTLE, NAME, assert_close, batch, expert_modules, load_reference, load_trained, trained_experts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,11 +24,6 @@ pytestmark = [
 LATE = 20_000_000  # cycles: about 10 ms
 STEPS = range(4)
 Get = Callable[..., Any]
-KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
-    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.1}),
-}
 
 
 @pytest.fixture
@@ -62,11 +57,11 @@ def loop(model: Any, optimizer: Any, steps: range, accumulate: int = 1, max_norm
     return losses
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", GENTLE)
 @pytest.mark.parametrize("update", ["step", "backward"])
 def test_losses_and_weights_of_training_in_memory(kind: str, update: str, checkpoint: Get, trained: Get) -> None:
     """The experts' optimizer runs on the CPU, that of the reference on the GPU: they round differently."""
-    make, theirs, options = KINDS[kind]
+    make, theirs, options = GENTLE[kind]
     model = trained()
     assert isinstance(model.moetier.cache.device, DeviceArena) and model.moetier.cache.host.page_locked
     assert {p.device.type for p in model.parameters()} == {"cuda"}
@@ -85,7 +80,7 @@ def test_accumulation_clipping_and_checkpointing(checkpoint: Get, trained: Get) 
     model, plain = trained(), load_reference(checkpoint(NAME, torch.float32)).to("cuda")
     for each in (model, plain):
         each.activation_checkpointing_enable({"use_reentrant": False})
-    make, theirs, options = KINDS["momentum"]
+    make, theirs, options = GENTLE["momentum"]
     optimizer, other = make(model, **options, max_grad_norm=0.5), theirs(plain.parameters(), **options)
     mine = loop(model, optimizer, STEPS, accumulate=2)
     assert mine == pytest.approx(loop(plain, other, STEPS, accumulate=2, max_norm=0.5), rel=1e-4)

@@ -13,6 +13,7 @@ import torch
 import moetier
 from training import (
     NAME,
+    OPTIMIZERS,
     assert_close,
     assert_same,
     batch,
@@ -26,12 +27,6 @@ from training import (
 
 STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "4")))
 Get = Callable[..., Any]
-
-OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
-    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
-}
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-import moetier
 from moetier.experts import per_expert_parameters
 from moetier.training.optimizers.clipping import coefficient, norm_of, scale_, squared_norm
 from training import (
+    GENTLE,
     NAME,
     assert_close,
     assert_same,
@@ -31,12 +31,6 @@ from training import (
 STEPS = range(int(os.environ.get("MOETIER_TRAINING_STEPS", "3")))
 MAX_NORM = 0.5
 Get = Callable[..., Any]
-
-OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
-    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
-    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.1}),
-}
 
 
 @pytest.fixture
@@ -64,9 +58,9 @@ def run(model: Any, optimizer: Any, before_step: Any = None) -> list[float]:
     return loop(model, optimizer, STEPS, accumulate=2, output_router_logits=True, before_step=before_step)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", GENTLE)
 def test_the_bits_of_the_reference(kind: str, checkpoint: Get, trained: Get) -> None:
-    make, theirs, settings = OPTIMIZERS[kind]
+    make, theirs, settings = GENTLE[kind]
     model, plain = trained(), prepared(load_reference(checkpoint(NAME, torch.float32)))
     optimizer = make(model, fused=True, max_grad_norm=MAX_NORM, **settings)
     other = theirs(plain.parameters(), fused=True, **settings)
@@ -80,9 +74,9 @@ def test_the_bits_of_the_reference(kind: str, checkpoint: Get, trained: Get) -> 
     assert engine.weights.stats()["links"]["host→disk"]["copies"] > 0  # changed experts left their slots
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", GENTLE)
 def test_within_a_millionth_of_stock_transformers(kind: str, checkpoint: Get, trained: Get) -> None:
-    make, theirs, settings = OPTIMIZERS[kind]
+    make, theirs, settings = GENTLE[kind]
     model = trained()
     plain = prepared(load_reference(checkpoint(NAME, torch.float32), implementation="grouped_mm"))
     optimizer = make(model, max_grad_norm=MAX_NORM, **settings)
@@ -94,11 +88,11 @@ def test_within_a_millionth_of_stock_transformers(kind: str, checkpoint: Get, tr
         assert_close(model, plain, 1e-6)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", GENTLE)
 def test_half_precision_with_masters(kind: str, checkpoint: Get, trained: Get) -> None:
     """The same recipe in memory: bf16 weights with fp32 masters and moments; experts' gradients add up in fp32, those
     of the other parameters as torch adds them, in bf16."""
-    make, theirs, settings = OPTIMIZERS[kind]
+    make, theirs, settings = GENTLE[kind]
     model, plain = trained(torch.bfloat16), prepared(load_reference(checkpoint(NAME, torch.bfloat16)))
     optimizer = make(model, fused=True, max_grad_norm=MAX_NORM, **settings)
     recipe = Masters(plain, lambda masters: theirs(masters, fused=True, **settings))

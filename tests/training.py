@@ -18,6 +18,16 @@ from moetier.training.optimizers.clipping import coefficient, norm_of, scale_, s
 
 NAME = "qwen3_moe"  # 3 layers of 8 experts, 3 of them per token
 
+OPTIMIZERS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "sgd": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "weight_decay": 0.01}),
+    "momentum": (moetier.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}),
+    "adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
+}
+"""moetier's optimizer, torch's, and what both are given."""
+
+GENTLE = OPTIMIZERS | {"adamw": (moetier.AdamW, torch.optim.AdamW, {"lr": 0.001, "weight_decay": 0.1})}
+"""For other orders of sums: AdamW's first steps have the size of its rate however small a gradient is."""
+
 
 def batch(step: int, rows: int = 2, length: int = 8) -> dict[str, torch.Tensor]:
     """The tokens of a step; always the same ones."""

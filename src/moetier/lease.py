@@ -38,8 +38,8 @@ class WritableLease(Lease):
     """A lease of an access that `writes`. Who changes the fields sets `dirty`: the record is then written home before
     it loses its slot. (In place, after `cache.host.wait_unread(lease.slot)`: a copy to the device may still read it.)
 
-    Who has made home the same as the fields by other means sets `saved`: nothing is written then, whatever was changed
-    before. (A gradient that was used: its fields are zeroed, and so is its home.)
+    Who has made home the same as the fields by other means, or made sure that nobody reads them again (a gradient that
+    was used), sets `saved`: nothing is written then, whatever was changed before.
     """
 
     __slots__ = ("dirty", "saved")
