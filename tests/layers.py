@@ -24,7 +24,7 @@ from moetier.lease import Lease
 from moetier.record import RecordLayout, round_up
 from moetier.tiered import TieredExperts
 from moetier.training import reference
-from moetier.training.sink import Add, Gradients
+from moetier.training.sink import Add, Gradients, Take
 
 LAYERS = 2
 IMPLEMENTATIONS = {"reference": reference.NAME, "tiered": moetier.hf.NAME}
@@ -151,9 +151,9 @@ class DictSink:
     def version(self, key: ExpertKey) -> int:
         return self.versions.get(key, 0)
 
-    def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
+    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
         self.events.append(("forward", access))
-        return batches
+        return lease(access, None)
 
     @contextmanager
     def collect(self, access: Access) -> Iterator[Add]:

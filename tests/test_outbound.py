@@ -52,7 +52,7 @@ class LateTraining:
             self.weights, gradients, proxies, COUNTS, Outbound([LAYOUT] * LAYERS, CPU, 1 + seed % 3)
         )
         self.optimizer = make_optimizer("sgd")
-        self.engine.applied = Applied(self.optimizer, None, "dense", when)
+        self.engine.applied = Applied(self.optimizer, None, self.weights, self.engine.ledger, "dense", when)
         self.settings = [type(self.optimizer.settings)(lr=1.0)] * LAYERS
         self.engine.upcoming = lambda: (self.settings, lambda key, square: 1.0)
         self.wrong: list[str] = []
@@ -78,7 +78,7 @@ class LateTraining:
         for _ in range(backwards):
             for layer in range(LAYERS):
                 access = self.access(layer, used[layer], Part.FORWARD)
-                for batch in self.engine.fresh(access, self.weights.batches(access)):
+                for batch in self.engine.fresh(access, self.weights.batches):
                     for lease in batch:
                         self.use(lease.fields, lease.key)
             for layer in reversed(range(LAYERS)):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from memory_store import MemoryStore
 from moetier.access import Access, ExpertKey
@@ -51,15 +53,20 @@ class Rig:
         state = None
         if states[0] is not None:
             state = small_cache(MemoryStore([each for each in states if each], counts), slots, counts, 1)
-        self.engine.applied = Applied(self.optimizer, state, "dense", when)
+        self.engine.applied = Applied(self.optimizer, state, self.engine.weights, self.engine.ledger, "dense", when)
 
     def backward(self, layer: int, experts: list[int], seed: int) -> None:
-        """Gradients for some experts of a layer, in the engine and in the parameters."""
-        generator = torch.Generator().manual_seed(seed)
+        """Forward and backward of some experts of a layer, in the engine and in the parameters."""
         keys = tuple(ExpertKey(layer, expert) for expert in experts)
-        access = Access(0, layer, keys)
-        list(self.engine.fresh(access, []))
-        with self.engine.collect(access) as add:
+        list(self.engine.fresh(Access(0, layer, keys), self.engine.weights.batches))
+        self.gradients(keys, seed)
+
+    def gradients(self, keys: Sequence[ExpertKey], seed: int) -> None:
+        """Gradients for experts of a layer."""
+        generator = torch.Generator().manual_seed(seed)
+        if not keys:
+            return
+        with self.engine.collect(Access(0, keys[0].layer, tuple(keys))) as add:
             for key in keys:
                 made = {}
                 for name, parameter in self.parameters[key].items():
@@ -165,21 +172,109 @@ def test_a_layer_without_gradients_makes_no_step(rig: Any) -> None:
     mine = rig("adamw(weight_decay=0.1)", 2)
     mine.backward(1, [2], 0)
     mine.engine.step(settings(mine, 0.1), unscaled)
+    mine.engine.settle()
     assert [mine.engine.ledger.steps(layer) for layer in range(LAYERS)] == [0, 1]
     assert mine.engine.ledger.behind(0) == [] and len(mine.engine.ledger.behind(1)) == EXPERTS - 1
 
 
-@pytest.mark.parametrize("writes", [0, 5])
-def test_an_update_that_fails_ends_training(rig: Any, writes: int) -> None:
-    mine = rig("sgd", 1)
+def test_updates_wait_for_the_next_forward(rig: Any) -> None:
+    """A step moves nothing; a forward updates what it needs on its own leases, and what it does not need before."""
+    mine = rig("momentum", 3)
     mine.backward(0, [0, 1, 2], 0)
-    mine.store.refuse = mine.store.writes + writes % 2
-    with pytest.raises(StoreError, match="the disk is full"):
+    weights = {key: bytes(data) for key, data in mine.store.data.items()}
+    misses = sum(mine.engine.weights.stats()["tiers"][0]["misses"])
+    mine.engine.step(settings(mine, 0.1), unscaled)
+    keys = [ExpertKey(0, expert) for expert in range(3)]
+    assert mine.engine.lazy.due(0) == keys and not mine.engine.pending
+    assert [mine.engine.version(key) for key in keys] == [1, 1, 1]
+    assert sum(mine.engine.weights.stats()["tiers"][0]["misses"]) == misses
+    assert {key: bytes(data) for key, data in mine.store.data.items()} == weights
+    leases = mine.engine.fresh(Access(0, 0, (keys[1], ExpertKey(0, 4))), mine.engine.weights.batches)
+    for batch in leases:
+        assert [lease.key for lease in batch if mine.engine.lazy.is_due(lease.key)] == []
+        assert set(mine.engine.lazy.due(0)) <= {keys[1]}
+    assert [mine.engine.version(key) for key in keys] == [1, 1, 1] and not mine.engine.lazy.due(0)
+    assert {key: bytes(data) for key, data in mine.store.data.items()} != weights
+
+
+OPERATIONS = st.one_of(
+    st.tuples(
+        st.sampled_from(["forward", "backward", "late"]),
+        st.integers(0, LAYERS - 1),
+        st.sets(st.integers(0, EXPERTS - 1), min_size=1, max_size=4),
+    ),
+    st.tuples(st.sampled_from(["step", "settle", "flush"]), st.just(0), st.just(set())),
+)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "momentum(weight_decay=0.01)", "adamw(weight_decay=0.1)"])
+@hypothesis.given(st.sampled_from([1, 2, 5, 12]), st.lists(OPERATIONS, max_size=24))
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=40)
+def test_any_order_of_forwards_backwards_and_steps(kind: str, slots: int, operations: list[Any]) -> None:
+    """ "late" is the backward of a graph that is older than the last step."""
+    mine = Rig(kind, slots)
+    every = {key: list(fields.values()) for key, fields in mine.parameters.items()}
+    theirs = [of_torch(kind, [p for key in every if key.layer == n for p in every[key]], 0.1) for n in range(LAYERS)]
+    try:
+        for number, (what, layer, experts) in enumerate(operations):
+            keys = tuple(ExpertKey(layer, expert) for expert in sorted(experts))
+            if what == "forward":
+                list(mine.engine.fresh(Access(0, layer, keys), mine.engine.weights.batches))
+            elif what == "backward":
+                mine.backward(layer, sorted(experts), number)
+            elif what == "late":
+                mine.gradients([key for key in keys if not mine.engine.lazy.waiting(layer, [key])], number)
+            elif what == "step":
+                for layer, optimizer in enumerate(theirs):
+                    own = [p for key in every if key.layer == layer for p in every[key]]
+                    if any(p.grad is not None for p in own):
+                        for p in own:
+                            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                        optimizer.step()
+                        optimizer.zero_grad()
+                mine.engine.step(settings(mine, 0.1), unscaled)
+            else:
+                getattr(mine.engine, what)()
+        for key, fields in mine.weights().items():
+            for name, field in fields.items():
+                assert torch.equal(field, mine.parameters[key][name]), (key, name)
+    finally:
+        mine.close()
+
+
+@pytest.mark.parametrize("writes", [0, 1])
+def test_records_that_cannot_be_written_make_updates_wait(rig: Any, writes: int) -> None:
+    mine = rig("sgd", 1)
+    theirs = of_torch("sgd", [p for fields in mine.parameters.values() for p in fields.values()], 0.1)
+    mine.backward(0, [0, 1, 2], 0)
+    theirs.step()
+    mine.store.refuse = mine.store.writes + writes
+    mine.engine.step(settings(mine, 0.1), unscaled)
+    for call in (lambda: mine.backward(0, [0, 1, 2], 1), mine.engine.flush):
+        with pytest.raises(StoreError, match="the disk is full"):
+            call()
+    mine.store.refuse = None
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
+
+
+@pytest.mark.parametrize("when", ["step", "backward"])
+def test_an_update_that_fails_ends_training(rig: Any, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = rig("sgd", 1, when=when)
+    mine.engine.upcoming = lambda: (settings(mine, 0.1), unscaled)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(mine.optimizer, "step", fail)
+    with pytest.raises(MemoryError):
+        mine.backward(0, [0, 1, 2], 0)
         mine.engine.step(settings(mine, 0.1), unscaled)
+        mine.backward(0, [0, 1, 2], 1)
     for call in (mine.engine.catch_up_all, lambda: mine.engine.add(ExpertKey(0, 0), {})):
         with pytest.raises(MoetierError, match="it goes on from the last checkpoint"):
             call()
-    mine.store.refuse = None
 
 
 def test_the_proxy_shows_the_norm_and_hands_back_what_was_done_to_it(rig: Any) -> None:

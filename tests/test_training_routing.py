@@ -127,6 +127,7 @@ def test_the_bits_of_plain_routing_in_memory(lever: str, way: str, checkpoint: G
     def after(step: int) -> None:
         keys = model.moetier.training.routing.kept.keys()
         assert [{k.expert for k in keys if k.layer == layer} for layer in range(LAYERS)] == found[step]
+        model.moetier.cache.settle()
         held.append(set(keys) <= model.moetier.cache.core.residents())
 
     assert loop(model, optimizer, STEPS, accumulate=2, after_step=after, **inputs) == expected
@@ -167,7 +168,7 @@ def test_fewer_experts_are_used_and_bytes_read(trained: Get) -> None:
         stats = model.moetier.stats()
         used.append(sum(sum(stats["tiers"][0][kind]) for kind in ("hits", "lates", "misses")))
         read.append(stats["links"]["disk→host"]["bytes"])
-    assert used[0] > 1.5 * used[1] and read[0] > 1.2 * read[1]
+    assert used[0] > 1.3 * used[1] and read[0] > 1.2 * read[1]
 
 
 @pytest.mark.parametrize("options", [{"slots": 4}, {"update": "backward", "slots": 20}], ids=str)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,9 @@ class ExpertCache:
         for (lease,) in self.batches(access, limit=1):
             yield lease
 
-    def batches(self, access: Access, limit: int | None = None, aside: bool = False) -> Iterator[list[Lease]]:
+    def batches(
+        self, access: Access, limit: int | None = None, aside: bool = False
+    ) -> Generator[list[Lease], None, None]:
         """Like `stream`, but yield all leases that are ready at once (at most `limit`): fewer, larger steps of math.
 
         While experts wait for a slot (waves), leases come one by one, so that each slot is refilled as soon as its

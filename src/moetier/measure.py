@@ -9,7 +9,7 @@ import random
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -168,7 +168,9 @@ class Watcher:
         for link in self._cache.mover.links:
             link.ends = None
 
-    def _watched(self, access: Access, limit: int | None = None, aside: bool = False) -> Iterator[list[Lease]]:
+    def _watched(
+        self, access: Access, limit: int | None = None, aside: bool = False
+    ) -> Generator[list[Lease], None, None]:
         cache, clock = self._cache, time.perf_counter
         links = cache.mover.links
         copies = [len(link.ends or ()) for link in links]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from moetier.crew import Crew, OneThread
 from moetier.errors import ConfigError
 from moetier.eventlog import EventLog, Recorder
 from moetier.experts import Routing, forward_from_leases, keys_of
-from moetier.lease import Lease
 from moetier.mapping import LayerMap
 from moetier.overlap import Overlap, StepClock
 from moetier.plan import Plan
@@ -112,9 +112,8 @@ class TieredExperts:
             return forward_in_slices(module, hidden, routing, self.cache.slices(access)), access
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small and self._by_expert else None
-        batches: Iterable[Sequence[Lease]] = self.cache.batches(access, aside=crew is not None)
-        if self.sink is not None:
-            batches = self.sink.fresh(access, batches)
+        lease = partial(self.cache.batches, aside=crew is not None)
+        batches = lease(access) if self.sink is None else self.sink.fresh(access, lease)
         if adapters := factors_of(module):
             batches = adapted(batches, adapters)
         result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)

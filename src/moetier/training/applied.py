@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,10 +12,9 @@ import torch
 from moetier.access import ExpertKey, Part
 from moetier.cache import ExpertCache
 from moetier.lease import Lease
-from moetier.record import RecordLayout
-from moetier.training.leases import together
+from moetier.training.leases import AHEAD, leased, load_ahead
 from moetier.training.ledger import Ledger
-from moetier.training.optimizers import RecordOptimizer
+from moetier.training.optimizers import Hyper, RecordOptimizer
 from moetier.training.optimizers.usage import Usage
 
 Idle = Literal["dense", "skip"]
@@ -44,10 +44,15 @@ class Records:
 
 @dataclass
 class Applied:
-    """The optimizer of the experts: with which states, what it does to idle experts, and when."""
+    """The optimizer of the experts whose weights are in a cache: with which states, what it does to idle experts, when.
+
+    `ledger` keeps the books of it.
+    """
 
     optimizer: RecordOptimizer
     state: ExpertCache | None  # None: the optimizer has no state
+    weights: ExpertCache
+    ledger: Ledger
     idle: Idle = "dense"
     when: When = "step"
     usage: Usage | None = None  # where the optimizer depends on how often an expert is used
@@ -56,9 +61,11 @@ class Applied:
         """The optimizer of one expert: by its last use, so that it does not matter when it is asked for."""
         return self.optimizer if self.usage is None else self.optimizer.part(self.usage.share(key))
 
-    def needs_state(self, key: ExpertKey, weights: RecordLayout) -> bool:
-        """Whether an update of the expert, with weights of this layout, needs its state."""
-        return self.state is not None and (self.usage is None or self.to(key).state_layout(weights) is not None)
+    def needs_state(self, key: ExpertKey) -> bool:
+        """Whether an update of the expert needs its state."""
+        if self.state is None or self.usage is None:
+            return self.state is not None
+        return self.to(key).state_layout(self.weights.store.layout(key.layer)) is not None
 
     def count(self, keys: Iterable[ExpertKey], step: int) -> None:
         """Experts are used in a step of their layer; before it is decided how they are updated."""
@@ -67,44 +74,56 @@ class Applied:
                 self.usage.count(key, step)
 
     def records(
-        self,
-        ledger: Ledger,
-        weights: ExpertCache,
-        layer: int,
-        keys: Sequence[ExpertKey],
-        gradients: ExpertCache | None = None,
-        part: Part = Part.UPDATE,
-    ) -> Iterator[tuple[ExpertKey, Records]]:
-        """The records of every key, the state begun, marked as changed; first those whose state is not needed.
+        self, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None, part: Part = Part.UPDATE
+    ) -> Iterator[Records]:
+        """What `beside` gives, of one key after the other; the records of the next ones load meanwhile."""
+        for number, key in enumerate(keys):
+            following = keys[number : number + AHEAD]
+            load_ahead(self.weights, following)
+            if gradients is not None:
+                load_ahead(gradients, following)
+            self.load_states_ahead(following)
+            with leased(self.weights, key) as lease, self.beside(lease, gradients, part) as records:
+                yield records
+
+    @contextmanager
+    def beside(
+        self, weights: Lease, gradients: ExpertCache | None = None, part: Part = Part.UPDATE
+    ) -> Iterator[Records]:
+        """All records of an expert whose weights are leased, the state begun, marked as changed.
 
         `part` of the step is what the cache of states is told.
         """
-        if self.state is not None and self.usage is not None:
-            layout = weights.store.layout(layer)
-            needs = {key: self.needs_state(key, layout) for key in keys}
-            without = [key for key in keys if not needs[key]]
-            yield from self._leased(ledger, weights, without, None, gradients, part)
-            keys = [key for key in keys if needs[key]]
-        yield from self._leased(ledger, weights, keys, self.state, gradients, part)
-
-    def _leased(
-        self,
-        ledger: Ledger,
-        weights: ExpertCache,
-        keys: Sequence[ExpertKey],
-        state: ExpertCache | None,
-        gradients: ExpertCache | None,
-        part: Part,
-    ) -> Iterator[tuple[ExpertKey, Records]]:
-        caches = [(state, part), (weights, Part.UPDATE), (gradients, Part.UPDATE)]
-        for leases in together(keys, [(cache, own) for cache, own in caches if cache is not None]):
-            left = list(leases)
-            own = left.pop(0) if state is not None else None
-            records = Records(left.pop(0), own, left.pop() if left else None)
+        key = weights.key
+        with ExitStack() as stack:
+            state = None
+            if self.state is not None and self.needs_state(key):
+                state = stack.enter_context(leased(self.state, key, part))
+            gradient = None if gradients is None else stack.enter_context(leased(gradients, key))
+            records = Records(weights, state, gradient)
             records.keep(True)
-            key = records.weights.key
-            records.begun = state is self.state and not ledger.begun[key]
+            records.begun = state is not None and not self.ledger.begun[key]
             if records.begun:
-                self.optimizer.begin(records.weights.fields, records.states)
-                ledger.begun[key] = True
-            yield key, records
+                self.optimizer.begin(weights.fields, records.states)
+                self.ledger.begun[key] = True
+            yield records
+
+    def load_states_ahead(self, keys: Iterable[ExpertKey]) -> None:
+        """Begin to load the states of the first few of `keys`, whose updates are next."""
+        if self.state is not None:
+            load_ahead(self.state, filter(self.needs_state, keys))
+
+    def update(self, records: Records, gradients: Mapping[str, torch.Tensor], hyper: Hyper) -> None:
+        """One step of an expert with a gradient."""
+        key = records.weights.key
+        if self.idle == "skip":  # the expert's own count, as of a parameter without a gradient
+            hyper = hyper.at(int(self.ledger.updates[key]) + 1)
+        self.to(key).update(records.weights.fields, gradients, records.states, hyper)
+        self.ledger.updated(key)
+
+    def idle_steps(self, records: Records, missed: Sequence[Hyper]) -> None:
+        """The steps that an expert missed, as if each had been made with a gradient of zero."""
+        key = records.weights.key
+        changed = self.to(key).idle(records.weights.fields, records.states, missed)
+        records.keep(changed)
+        self.ledger.caught_up(key, changed)

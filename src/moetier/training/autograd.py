@@ -13,9 +13,8 @@ Not differentiable twice.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from contextlib import closing, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,7 +23,6 @@ from moetier.access import Access, Part
 from moetier.cache import ExpertCache
 from moetier.errors import CapacityError, StaleGraphError, UnsupportedModelError
 from moetier.experts import Routing
-from moetier.lease import Lease
 from moetier.training.adapters import FactorGradients, Factors, adapted, factors_of
 from moetier.training.arithmetic import Autocast
 from moetier.training.layer_backward import LayerBackward, Needs
@@ -174,7 +172,7 @@ class _Experts(torch.autograd.Function):
             collect = nullcontext() if kept.sink is None or not needs.experts else kept.sink.collect(access)
             # one by one above a tier of updates: those during backward come when the device's lease has ended
             limit = None if cache.device is None else 1
-            leases = cast("Generator[list[Lease], None, None]", cache.batches(access, limit))
+            leases = cache.batches(access, limit)
             with collect as add, closing(leases):
                 for batch in adapted(leases, adapters) if adapters else leases:
                     for lease in batch:

@@ -12,7 +12,8 @@ checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,14 +23,16 @@ from moetier.cache import ExpertCache
 from moetier.errors import ConfigError, MoetierError
 from moetier.lease import Lease
 from moetier.stores import ExpertStore
-from moetier.training.applied import Applied, Records
+from moetier.training.applied import Applied
 from moetier.training.gradients import Fields, Gradients
+from moetier.training.lazy import LazyUpdates
 from moetier.training.leases import load_ahead, read_again
 from moetier.training.ledger import MOST_OWED, Ledger
 from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
 from moetier.training.outbound import Outbound
 from moetier.training.proxy import Proxy
+from moetier.training.sink import Take
 
 Scale = Callable[[ExpertKey, float], float]
 
@@ -53,7 +56,7 @@ class TrainingEngine:
         self._unshown: set[int] = set()  # layers whose gradients may still be under way
         self.weights, self.gradients, self.proxies = weights, Gradients(gradients), list(proxies)
         self.ledger: Ledger = Ledger(counts)
-        self.applied: Applied | None = None
+        self.lazy = LazyUpdates(self.ledger, weights, self.gradients, self._whole)
         # what updates during backward are made with: settings by layer, and scales
         self.upcoming: Callable[[], tuple[Sequence[Settings | None], Scale]] | None = None
         self.coming: Callable[[], Iterator[Access]] = lambda: iter(())  # forwards whose backward is next
@@ -63,6 +66,15 @@ class TrainingEngine:
         self._at_once: dict[int, dict[ExpertKey, float]] = {}  # squared norms, by layer, of what is applied
         self._broken: BaseException | None = None
 
+    @property
+    def applied(self) -> Applied | None:
+        """The experts' optimizer; None before there is one."""
+        return self.lazy.applied
+
+    @applied.setter
+    def applied(self, applied: Applied) -> None:
+        self.lazy.applied = applied
+
     # -- forward -------------------------------------------------------------------------------------------------------
 
     def trains(self, layer: int) -> bool:
@@ -70,54 +82,49 @@ class TrainingEngine:
         return self.proxies[layer].trains
 
     def version(self, key: ExpertKey) -> int:
-        """Changes whenever the expert's weights do."""
-        return int(self.ledger.versions[key])
+        """Changes whenever the expert's weights do, or will before anyone sees them again."""
+        return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, [key]))
 
-    def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
-        """The leases of a forward, whose experts owe no step: those that do catch up first."""
+    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
+        """The leases of a forward, on experts that have had all updates: those that wait are made on the way."""
         self.check()
         if self.owes:
             raise ConfigError(
                 "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
                 "before the first forward"
             )
-        if self.ledger.steps(access.layer):
-            self.catch_up(access.layer, self.ledger.behind(access.layer, [key.expert for key in access.keys]))
-        return batches
+        waiting = self.lazy.waiting(access.layer, access.keys)
+        if self.weights.device is not None:  # forward's leases are there; updates are made in host memory
+            self.lazy.catch_up(access.layer, waiting)
+        elif waiting or self.lazy.due(access.layer):
+            return self._updated(access, waiting, lease)
+        return lease(access, None)
 
-    def catch_up(self, layer: int, keys: Sequence[ExpertKey]) -> None:
-        """Do to these experts what the steps that they missed do to an expert without tokens."""
-        applied = self.applied
-        if not keys or applied is None:
-            return
-        ledger = self.ledger
-        if applied.idle == "skip":
-            for key in keys:
-                ledger.caught_up(key, False)
-            return
-        owed = {key: ledger.owed(key) for key in keys}
-        due = []
-        for key in keys:
-            optimizer = applied.to(key)
-            if any(optimizer.idles(hyper) for hyper in owed[key]):
-                due.append(key)
-            else:
-                ledger.caught_up(key, False)
-        try:
-            with torch.no_grad():
-                for key, records in applied.records(ledger, self.weights, layer, due):
-                    changed = applied.to(key).idle(records.weights.fields, records.states, owed[key])
-                    records.keep(changed)
-                    ledger.caught_up(key, changed)
-        except BaseException as error:
-            self._broken = error
-            raise
+    def _updated(self, access: Access, waiting: Sequence[ExpertKey], lease: Take) -> Iterator[Sequence[Lease]]:
+        self.lazy.settle(access.layer, but=access.keys)  # of experts without tokens this time
+        self.lazy.expect(access.layer, waiting)
+        left = set(waiting)
+        with closing(lease(replace(access, writes=True), 1)) as batches:
+            for batch in batches:
+                for one in batch:
+                    if one.key in left:
+                        self.lazy.make(one)
+                yield batch
 
-    def catch_up_all(self) -> None:
-        """No expert owes a step afterwards."""
+    def settle(self) -> None:
+        """Make the updates that wait for the next forward; afterwards no gradient of a past step is left.
+
+        Raises `StoreError` where records cannot be read or written; what still waits then is made the next time.
+        """
         self.check()
         for layer in range(len(self.proxies)):
-            self.catch_up(layer, self.ledger.behind(layer))
+            self.lazy.settle(layer)
+
+    def catch_up_all(self) -> None:
+        """Make all updates that wait; no expert owes a step afterwards."""
+        self.settle()
+        for layer in range(len(self.proxies)):
+            self.lazy.catch_up(layer)
 
     def anyone_owes(self) -> bool:
         """Whether any expert owes a step."""
@@ -189,11 +196,12 @@ class TrainingEngine:
 
     def _load_ahead(self) -> None:
         """Load what the next gradients of this backward go to: their sums, or the states that they are applied to."""
-        applied, layout = self.applied, self.weights.store.layout
-        if applied is not None and applied.when == "step":
+        if self.applied is None:
+            return
+        if self.applied.when == "step":
             load_ahead(self.gradients.cache, self._ahead)
-        elif applied is not None and applied.state is not None:
-            load_ahead(applied.state, (key for key in self._ahead if applied.needs_state(key, layout(key.layer))))
+        else:
+            self.applied.load_states_ahead(self._ahead)
 
     def show(self, layer: int) -> None:
         """Make the norm of a layer's gradients so far the gradient of its proxy."""
@@ -229,48 +237,44 @@ class TrainingEngine:
 
     @torch.no_grad()
     def step(self, settings: Sequence[Settings | None], scale: Scale) -> None:
-        """One optimizer step of all layers that have a gradient.
+        """One optimizer step of all layers that have a gradient. Experts get it before they are used again.
 
         `settings` (None: no optimizer has the layer) are per layer; `scale(key, squared norm)` is what an expert's
-        gradient is multiplied by first.
+        gradient is multiplied by first. Where the weights have a device above them, experts get it now.
         """
         self.check()
-        try:
+        with self._whole():
             for layer, own in enumerate(settings):
                 if own is not None and layer in self.gradients.squares:
                     self._step_layer(layer, own, scale)
-        except BaseException as error:
-            self._broken = error
-            raise
+            self.lazy.expect(-1, ())
         self.clear()
 
     def _step_layer(self, layer: int, settings: Settings, scale: Scale) -> None:
-        applied, squares = self.applied, self.gradients.squares[layer]
+        applied = self.applied
         assert applied is not None
+        self.lazy.settle(layer)  # a step that no forward has followed
+        squares = self.gradients.take(layer)
         hyper = self.ledger.begin(layer, settings)
         applied.count(squares, hyper.step)
-        keys, cache = sorted(squares), self.gradients.cache
-        for key, records in applied.records(self.ledger, self.weights, layer, keys, cache):
-            assert records.gradients is not None
-            fields = records.gradients.fields
-            scale_(fields.values(), scale(key, squares[key]))
-            self._update(key, records, fields, hyper)
-            self.gradients.used(records.gradients)
-        self.gradients.clear(layer)
+        self.lazy.defer(layer, hyper, {key: scale(key, square) for key, square in squares.items()})
+        if self.weights.device is not None:
+            self.lazy.settle(layer)
         self._forget(layer)
 
     def _forget(self, layer: int) -> None:
         """Bring experts up to date that owe very many steps, and drop the history that none owes."""
-        self.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
+        self.lazy.catch_up(layer, self.ledger.behind(layer, by=MOST_OWED))
         self.ledger.forget(layer)
 
-    def _update(self, key: ExpertKey, records: Records, gradients: Fields, hyper: Hyper) -> None:
-        applied, ledger = self.applied, self.ledger
-        assert applied is not None
-        if applied.idle == "skip":  # the expert's own count, as of a parameter without a gradient
-            hyper = hyper.at(int(ledger.updates[key]) + 1)
-        applied.to(key).update(records.weights.fields, gradients, records.states, hyper)
-        ledger.updated(key)
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Around updates: an error in the middle leaves experts of two steps, and the engine refuses to go on."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken = error
+            raise
 
     def usage(self) -> Any:
         """How often experts are used, for a checkpoint; None where nobody asks."""
@@ -291,7 +295,7 @@ class TrainingEngine:
                 "accumulate gradients"
             )
         squares[key] = squared_norm(gradients.values())
-        try:
+        with self._whole():
             if layer not in self._begun:
                 settings, scale = self.upcoming()
                 own = settings[layer]
@@ -300,12 +304,9 @@ class TrainingEngine:
             hyper, scale = self._begun[layer]
             applied.count([key], hyper.step)
             scale_(gradients.values(), scale(key, squares[key]))
-            for _, records in applied.records(self.ledger, self.weights, layer, [key], part=Part.BACKWARD):
+            for records in applied.records([key], part=Part.BACKWARD):
                 self._load_ahead()
-                self._update(key, records, gradients, hyper)
-        except BaseException as error:
-            self._broken = error
-            raise
+                applied.update(records, gradients, hyper)
 
     def check_factors(self, factors: Sequence[float]) -> None:
         """Raise `ConfigError` if gradients were scaled that are in the experts already."""
@@ -328,7 +329,8 @@ class TrainingEngine:
     # -- the whole ----------------------------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Write everything changed home: weights and states. Raises `StoreError`."""
+        """Make the updates that wait, and write everything changed home: weights and states. Raises `StoreError`."""
+        self.settle()
         for cache in self._kept():
             cache.flush()
 
@@ -338,6 +340,7 @@ class TrainingEngine:
         Graphs of forwards before it must not be used any more.
         """
         self.check()
+        self.lazy.drop()
         self.flush()  # nothing is on its way home then, and nothing is changed
         applied = self.applied
         assert applied is not None

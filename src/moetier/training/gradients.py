@@ -6,7 +6,7 @@ nothing of optimizers; what the records spill to is a scratch file, never part o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -59,9 +59,17 @@ class Gradients:
         if self._scratch is not None:
             self._scratch.clear(lease.key)
 
-    def clear(self, layer: int | None = None) -> None:
-        """Forget the sums of a layer, or all."""
-        for one in list(self.squares) if layer is None else [layer]:
-            for key in self.squares.pop(one, {}):
-                if self._scratch is not None:
-                    self._scratch.clear(key)
+    def take(self, layer: int) -> dict[ExpertKey, float]:
+        """The squared norms of a layer's sums, which are the caller's from now on: to be `used`, or to be forgotten."""
+        return self.squares.pop(layer)
+
+    def forget(self, keys: Iterable[ExpertKey]) -> None:
+        """Nobody will read these sums."""
+        if self._scratch is not None:
+            for key in keys:
+                self._scratch.clear(key)
+
+    def clear(self) -> None:
+        """Forget all sums that nobody took."""
+        for layer in list(self.squares):
+            self.forget(self.take(layer))

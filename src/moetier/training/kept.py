@@ -63,7 +63,8 @@ class KeptExperts:
     def turn(self) -> None:
         """A step is made: keep those wanted most lately, of those that are kept or were wanted in this step.
 
-        The update of such an expert loads it anyway. Where counts are equal, the first stay.
+        Such an expert is updated before anybody else uses it, so it is loaded anyway. Where counts are equal, the first
+        stay.
         """
         for layer, room in enumerate(self._quota):
             tokens, count = self._tokens[layer], self._wanted[layer]

@@ -1,20 +1,17 @@
-"""Leases for updates: one record at a time, or the same expert's records of several caches together.
-
-While one expert is at work, the records of the next ones are loaded, and what has to leave for them is written.
-"""
+"""Leases for updates: one record at a time, while the next ones load, and what has to leave for them is written."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 
 from moetier.access import Access, ExpertKey, Part, Phase
 from moetier.cache import ExpertCache
 from moetier.lease import Lease, WritableLease
 
-AHEAD = 8  # records at most that are loaded before their turn: enough to keep the disk at work
-SHARE = 4  # and at most this part of the slots, so that little leaves earlier than it had to
+AHEAD = 16  # records at most that are loaded before their turn: enough to keep the disk at work
+SHARE = 2  # and at most this part of the slots, so that little leaves earlier than it had to
 
 
 def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True, part: Part = Part.UPDATE) -> Access:
@@ -42,18 +39,6 @@ def load_ahead(cache: ExpertCache, keys: Iterable[ExpertKey]) -> None:
     if cache.device is not None:
         return
     cache.prefetch(islice(keys, max(1, min(AHEAD, cache.host.slots // SHARE))), displace=True)
-
-
-def together(keys: Sequence[ExpertKey], caches: Sequence[tuple[ExpertCache, Part]]) -> Iterator[tuple[Lease, ...]]:
-    """Leases on the records of every key in all of these caches, one key at a time, in this order."""
-    for cache, _ in caches:
-        load_ahead(cache, keys)
-    for number, key in enumerate(keys, 1):
-        with ExitStack() as stack:
-            leases = [stack.enter_context(leased(cache, key, part)) for cache, part in caches]
-            for cache, _ in caches:
-                load_ahead(cache, keys[number : number + AHEAD])
-            yield tuple(leases)
 
 
 def _alone(cache: ExpertCache, lease: Lease) -> Lease:

@@ -55,7 +55,7 @@ class CacheAwareRouting:
         self._intercepted.close()
 
     def step(self) -> None:
-        """The optimizer is about to step: keep other experts from now on, so that their update finds a place to stay.
+        """The optimizer is about to step: keep other experts from now on.
 
         Raises `ConfigError` if no router was asked since the last step.
         """
@@ -97,9 +97,10 @@ class CacheAwareRouting:
         self._pin()
 
     def _pin(self) -> None:
-        """Pin what is kept, as far as pins may go; where everything has a slot, nothing needs to be."""
+        """Pin what is kept, as far as pins may go, and load it; where everything has a slot, nothing needs to be."""
         keep = set() if self._slots >= self._records else set(self.kept.keys()[: self._slots // 2])
         self._weights.pin(sorted(keep - self._pinned), instead_of=sorted(self._pinned - keep))
+        self._weights.prefetch(sorted(keep - self._pinned), displace=True)
         self._pinned = keep
 
     def _choose(self, layer: int, ranked: torch.Tensor, own: torch.Tensor, scale: Scale) -> torch.Tensor | None:

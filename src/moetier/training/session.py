@@ -105,7 +105,7 @@ class TrainingSession:
         usage = records.usage(len(layouts), max(engine.ledger.counts))
         if usage is not None and self._saved is not None:
             usage.load(self._saved["usage"])
-        engine.applied = Applied(records, state, idle, update, usage)
+        engine.applied = Applied(records, state, engine.weights, engine.ledger, idle, update, usage)
         if update == "backward":  # gradients wait for nothing, so that their slots stay untouched
             arena, plan = engine.gradients.cache.host, self.model.moetier.plan
             untouched = arena.slots * arena.slot_nbytes
@@ -161,7 +161,7 @@ class TrainingSession:
                 "commit: there are gradients that no step has taken, and a checkpoint has no gradients; commit after "
                 "optimizer.step() or zero_grad()"
             )
-        self.engine.check()
+        self.engine.settle()
         number = self.step if step is None else step
         tensors, described = optimizer_snapshot(optimizer)
         randoms, generators = random_snapshot()

@@ -5,7 +5,7 @@ Without a sink all experts are frozen: backward gives gradients of hidden states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -18,6 +18,10 @@ Gradients = dict[str, torch.Tensor]
 """An expert's gradients by field, each in the field's shape and dtype."""
 
 Add = Callable[[ExpertKey, Gradients], None]
+
+
+Take = Callable[[Access, int | None], Generator[list[Lease], None, None]]
+"""`ExpertCache.batches`: an access, and how many leases at most come at once."""
 
 
 class Sink(Protocol):
@@ -34,11 +38,12 @@ class Sink(Protocol):
     def version(self, key: ExpertKey) -> int:
         """How often the expert's weights were changed so far. Backward raises if it is not what forward saw."""
 
-    def fresh(self, access: Access, batches: Iterable[Sequence[Lease]]) -> Iterable[Sequence[Lease]]:
-        """The leases of a forward, with or without autograd, on their way to the math; nothing is leased yet.
+    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
+        """The leases of a forward, with or without autograd, on their way to the math.
 
-        Here experts that missed updates can catch up, by an access of the sink's own, counted in `version`. Return
-        `batches` where there is nothing to do. Not called for backward.
+        Here experts that missed updates can have them, on leases that may be changed (`writes`) or by an access of the
+        sink's own, counted in `version`. Return `lease(access, None)` where there is nothing to do. Not called for
+        backward.
         """
 
     def collect(self, access: Access) -> AbstractContextManager[Add]:
