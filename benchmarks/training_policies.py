@@ -22,8 +22,8 @@ from moetier.trace.training import GRADIENTS, STATES, WEIGHTS, training_steps
 SIZES = (0.10, 0.25, 0.50, 0.75)
 POLICIES = ("lru", "horizon", "zigzag", "belady-forced")
 VIEWS = {
-    "weights, experts frozen (forward, backward)": {"parts": WEIGHTS[:3]},
-    "weights (forward, backward, update)": {"parts": WEIGHTS},
+    "weights, updated on the way, or frozen (forward, backward)": {"parts": WEIGHTS[:3]},
+    "weights, updated after backward, as below a GPU (forward, backward, update)": {"parts": WEIGHTS},
     "weights, two backwards an update": {"parts": WEIGHTS, "accumulate": 2},
     "weights, every third forward an evaluation": {"parts": WEIGHTS, "evaluate": 3},
     "gradients (backward, update)": {"parts": GRADIENTS},

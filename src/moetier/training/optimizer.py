@@ -88,7 +88,8 @@ class TieredOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the parameters and of the experts that have gradients; takes the experts' gradients away.
 
-        Raises `StoreError` where experts cannot be read or written; the last checkpoint stays as it is.
+        An expert's update is made before anyone sees it again, mostly by the next forward. There, or here, `StoreError`
+        is raised where experts cannot be read or written; the last checkpoint stays as it is.
         """
         self._session.check_step()
         self._engine.check()
@@ -257,8 +258,9 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
             share of `max_grad_norm` by size: needs no norm of all).
         idle: what a step does to experts that had no tokens: "dense" (what a gradient of zero does: they decay, their
             momentum goes on) or "skip" (nothing, as torch treats parameters without a gradient).
-        update: when experts are updated: in "step", or in "backward" as soon as their gradient is there, which stores
-            no gradients, but allows neither accumulation nor clipping by the global norm.
+        update: when experts are updated: by "step" (before their next use, which hides the bytes behind its math), or in
+            "backward" as soon as their gradient is there, which stores no gradients, but allows neither accumulation
+            nor clipping by the global norm.
         experts: another optimizer for the experts, made or by name from `moetier.training.optimizers.OPTIMIZERS`. Its
             learning rate and weight decay are those of its group, which a name may set: "adafactor(lr=1e-3)".
         **torch_options: further arguments of `torch.optim.AdamW` (fused, foreach), for the parameters.
