@@ -709,3 +709,11 @@ def test_version_and_help() -> None:
     text = call("--help").stdout
     assert all(command.split()[0] in text for command in OPTIONS)
     assert "Exit codes" in text
+
+
+def test_as_a_module() -> None:
+    command = [sys.executable, "-m", "moetier"]
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"moetier {moetier.__version__}\n"
+    refused = subprocess.run([*command, "demo", "--slots", "many"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "many" in refused.stderr and "Traceback" not in refused.stderr
