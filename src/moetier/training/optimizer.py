@@ -258,7 +258,7 @@ class AdamW(TieredOptimizer, torch.optim.AdamW):
             share of `max_grad_norm` by size: needs no norm of all).
         idle: what a step does to experts that had no tokens: "dense" (what a gradient of zero does: they decay, their
             momentum goes on) or "skip" (nothing, as torch treats parameters without a gradient).
-        update: when experts are updated: by "step" (before their next use, which hides the bytes behind its math), or in
+        update: when experts are updated: by "step" (before their next use, whose math hides the bytes), or in
             "backward" as soon as their gradient is there, which stores no gradients, but allows neither accumulation
             nor clipping by the global norm.
         experts: another optimizer for the experts, made or by name from `moetier.training.optimizers.OPTIMIZERS`. Its
