@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from typer.testing import CliRunner
@@ -21,6 +22,8 @@ from typer.testing import CliRunner
 from device_training import two_tiers
 from moetier.cli import app, train_lm
 from moetier.cli.train_report import scalars
+from moetier.errors import StoreError
+from moetier.training import from_scratch
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
 
@@ -303,17 +306,40 @@ def test_examples(tmp_path: Path, name: str) -> None:
 
 
 def test_goes_on_from_an_earlier_step(model: Path, text: Path, tmp_path: Path) -> None:
-    args = (model, text, "--from-scratch", *SMALL, "--steps", 3, "--out", tmp_path / "run", "--keep", 3)
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 2, "--out", tmp_path / "run", "--keep", 2)
     whole, rest = tmp_path / "whole.json", tmp_path / "rest.json"
     call(*args, "--commit-every", 1, "--json", whole, "-q")
-    (tmp_path / "run/run/steps/step-3.3/step.json").write_text("{")
+    (tmp_path / "run/run/steps/step-2.2/step.json").write_text("{")
     config = ("--config", tmp_path / "run/train.toml", "-q")
     shown = said(call(*config, "--resume", code=4))
-    assert "another step, with moetier train lm --resume-from (there are: 1, 2)" in shown
-    assert "--resume-from: " in said(call(*config, "--resume-from", 7, code=2))
+    assert "another step, with moetier train lm --resume-from (there are: 1)" in shown
     call(*config, "--resume-from", 1, "--json", rest)
     assert losses(rest) == losses(whole)[1:]
     assert "resume-from" not in (tmp_path / "run/train.toml").read_text()
+
+
+def test_a_disk_that_is_full(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any) -> int:
+        raise StoreError("weights.bin: no space; make room on its disk")
+
+    monkeypatch.setattr(LanguageModelTraining, "commit", full)
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
+    again = f"make room on its disk; then go on with: moetier train --config {tmp_path / 'run/train.toml'} --resume"
+    assert again in said(call(*args, code=4))
+
+
+def test_random_weights_that_cannot_be_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(from_scratch, "save_file", full)
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out")
+    for out in (tmp_path / "run", Path("/proc/none/run")):
+        shown = call(*args, out, code=4).stderr
+        assert f"{out}/initial: the checkpoint could not be written (No s" in shown and len(shown.splitlines()) == 1
+    assert not any((tmp_path / "run").iterdir())
 
 
 def test_an_export_that_fails(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +353,7 @@ def test_an_export_that_fails(model: Path, text: Path, tmp_path: Path, monkeypat
         patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
         shown = said(call(*args, "--json", report, code=4))
     assert f"{saved}: the tokenizer could not be saved: No space left on device" in shown
-    again = re.search(r"save it with: moetier train (.*)", shown)
+    again = re.search(r"saved later with: moetier train (.*)", shown)
     assert again is not None and losses(report)  # what was measured is not lost
     call(*shlex.split(again[1]), "-q")
     assert (saved / "tokenizer.json").is_file()

@@ -278,7 +278,10 @@ def language_model(
         teller = Teller(console, training, data, held_out, log_every, board)
         again = f"moetier train --config {shlex.quote(str(folder / 'train.toml'))} --resume"
         with teller, stopped_by(again) as stop:
-            run(training, held_out, eval_every, commit_every, teller, stop)
+            try:
+                run(training, held_out, eval_every, commit_every, teller, stop)
+            except StoreError as error:
+                raise StoreError(f"{error}; then go on with: {again}") from error
         result = report(training, model, teller, load_seconds, stop[0] if stop else None)
         show(result, console)
         if json_file is not None:
@@ -344,7 +347,7 @@ def save(model: Any, tokenizer: Any, export: str, again: str) -> None:
         if isinstance(error, ConfigError):
             raise
         raise StoreError(
-            f"{told}; the run is committed: make room, and save it with: {again} --export {export}"
+            f"{told}; the run is committed, and can be saved later with: {again} --export {shlex.quote(export)}"
         ) from error
 
 
@@ -436,7 +439,6 @@ def initial(source: Path, folder: Path, settings: Any, resume: bool, console: Co
         if resume and (folder / "run").is_dir():
             raise StoreError(f"{made}: the checkpoint that the run began with is gone, and it needs it")
         with console.status("making random weights"):
-            folder.mkdir(parents=True, exist_ok=True)
             make_checkpoint(
                 config_of(source, trust_remote_code), made, settings.seed, settings.dtype, trust_remote_code
             )
