@@ -60,6 +60,8 @@ def test_tiered(tmp_path: Path) -> None:
     assert whole["caches"]["weights"]["tiers"][0]["evictions"] == 0
     shown = said(call(*args, "--steps", 20, "--run", folder, "--resume", "--seed", 4, code=2))
     assert "the run was begun with seed 0, not 4" in shown
+    shown = said(call(*args, "--lr", 1, "--steps", 20, "--run", folder, "--resume", code=2))
+    assert f"{folder}: the run was begun with lr 0.1, not 1.0; give the same" in shown
 
 
 @pytest.mark.parametrize(
@@ -70,12 +72,15 @@ def test_tiered(tmp_path: Path) -> None:
         (("--writeback", "never"), "write-back policy"),
         (("--resume", "--run", "/nowhere/there"), "holds no run"),
         (("--sampler", "random"), "choose one of iid, episode"),
-        (("--optim", "lion"), "lion"),
+        (("--optim", "lion"), "--optim: unknown optimizer 'lion'"),
         (("--idle", "never"), "choose one of dense, skip"),
         (("--dtype", "int8"), "float32, bfloat16"),
         (("--envs-per-batch", 4), "shared by 4 environments"),
-        (("--envs-per-batch", 60, "--batch-size", 60), "there are 6 in all"),
-        (("--top-k", 13), "13 of 12 experts"),
+        (("--envs-per-batch", 60, "--batch-size", 60), "--envs-per-batch: 60 environments a batch, but there are 6 in"),
+        (("--top-k", 13), "--top-k: 13 of 12 experts"),
+        (("--in-memory", "--run", "x"), "no run is kept; leave --run out"),
+        (("--in-memory", "--host-slots", 4), "leave --host-slots out"),
+        (("--max-grad-norm", -1), "--max-grad-norm"),
         (("--resume",), "--resume needs --run"),
         (("--commit-every", 5), "--commit-every needs --run"),
         (("--in-memory", "--idle", "skip"), "skip is for tiered"),

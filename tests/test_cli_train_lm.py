@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -13,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from device_training import two_tiers
-from moetier.cli import app
+from moetier.cli import app, train_lm
 from moetier.cli.train_report import scalars
+from moetier.errors import StoreError
+from moetier.training import from_scratch
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
 
@@ -181,10 +185,34 @@ def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatc
         (("{model}", "{text}", "--out", "{new}", "--dtype", "float16"), "--dtype: float16 gradients overflow", 2),
         (("{model}", "{text}", "--out", "{new}", "--warmup", 5, "--steps", 4), "--warmup: from 0 to the 4 steps", 2),
         (("{model}", "{text}", "--out", "{new}", "--batch-size", 5000), "--batch-size: the texts have", 2),
-        (("{model}", "{text}", "--out", "{new}", "--sequence-length", 9999), "do not fill one block of 9999", 2),
-        (("{model}", "{text}", "--out", "{new}", "--optim", "rprop"), "unknown optimizer 'rprop'", 2),
+        (("{model}", "{text}", "--out", "{new}", "--sequence-length", 9999), "do not fill one sequence of 9999", 2),
+        (("{model}", "{text}/a.txt", "--out", "{new}", "--sequence-length", 9999), "tokens in 1 file do not fill", 2),
+        (
+            ("{model}", "{text}", "--out", "{new}", "--batch-size", 5000),
+            "or a smaller --batch-size or --sequence-length",
+            2,
+        ),
+        (("{model}", "{text}", "--out", "{new}", "--optim", "rprop"), "--optim: unknown optimizer 'rprop'", 2),
+        (("{model}", "{text}", "--out", "{new}", "--optim", "adamw(lr=x)"), "--optim: lr: 'x' must be a number", 2),
+        (("{model}", "{text}", "--out", "{new}", "--seed", 1 << 63), "--seed: must be from 0 to 2**63 - 1", 2),
+        (("{model}", "{text}", "--out", "{text}/a.txt"), "--out {text}/a.txt: is a file; give a folder", 2),
+        (("{model}", "{text}", "--out", "{new}", "--tokenizer", "{new}"), "--tokenizer {new}: no such folder", 4),
+        (("{model}", "{text}", "--out", "{new}", "--export", "{text}/a.txt"), "--export {text}/a.txt: cannot be", 2),
+        (
+            ("{model}", "{text}", "--out", "{new}", "--export", "/proc/no/x"),
+            "--export /proc/no/x: cannot be written",
+            2,
+        ),
+        (("{model}", "{text}", "--out", "{new}", "--export", "{model}"), "that training begins with; give another", 2),
+        (("{model}", "{text}", "--out", "{new}", "--export", "{new}/initial"), "that training begins with; give", 2),
+        (("{model}", "{text}", "--out", "{new}", "--resume-from", 3), "--resume: {new} holds no run", 2),
         (("{model}", "{text}", "--out", "{new}", "--writeback", "never"), "never", 2),
         (("{model}", "{text}", "--out", "{new}", "--slots", "0"), "--slots: at least 1 slot is needed, got 0", 3),
+        (
+            ("{model}", "{text}", "--out", "{new}", "--slots", "4", "--state-slots", "0%"),
+            "--state-slots: '0%' must be",
+            2,
+        ),
         (("sythetic", "--steps", 4), "MODEL and TEXTS", 2),
         (("--config", "{new}.toml"), "{new}.toml: cannot be read: No such file", 2),
     ],
@@ -275,6 +303,83 @@ def test_examples(tmp_path: Path, name: str) -> None:
     assert "48 of 192 experts in memory; 2 steps" in shown and (tmp_path / "saved/tokenizer.json").is_file()
     found = json.loads((tmp_path / "j").read_text())
     assert found["step"] == 2 and (found["evaluations"][0]["loss"] > 7) == (name == "train_from_scratch")
+
+
+def test_goes_on_from_an_earlier_step(model: Path, text: Path, tmp_path: Path) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 2, "--out", tmp_path / "run", "--keep", 2)
+    whole, rest = tmp_path / "whole.json", tmp_path / "rest.json"
+    call(*args, "--commit-every", 1, "--json", whole, "-q")
+    (tmp_path / "run/run/steps/step-2.2/step.json").write_text("{")
+    config = ("--config", tmp_path / "run/train.toml", "-q")
+    shown = said(call(*config, "--resume", code=4))
+    assert "another step, with moetier train lm --resume-from (there are: 1)" in shown
+    call(*config, "--resume-from", 1, "--json", rest)
+    assert losses(rest) == losses(whole)[1:]
+    assert "resume-from" not in (tmp_path / "run/train.toml").read_text()
+
+
+def test_a_disk_that_is_full(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any) -> int:
+        raise StoreError("weights.bin: no space; make room on its disk")
+
+    monkeypatch.setattr(LanguageModelTraining, "commit", full)
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
+    again = f"make room on its disk; then go on with: moetier train --config {tmp_path / 'run/train.toml'} --resume"
+    assert again in said(call(*args, code=4))
+
+
+def test_random_weights_that_cannot_be_written(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(from_scratch, "save_file", full)
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out")
+    for out in (tmp_path / "run", Path("/proc/none/run")):
+        shown = call(*args, out, code=4).stderr
+        assert f"{out}/initial: the checkpoint could not be written (No s" in shown and len(shown.splitlines()) == 1
+    assert not any((tmp_path / "run").iterdir())
+
+
+def test_an_export_that_fails(model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, report = tmp_path / "saved", tmp_path / "report.json"
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "a run", "--export", saved)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise Exception("No space left on device (os error 28)")  # as tokenizers has it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        shown = said(call(*args, "--json", report, code=4))
+    assert f"{saved}: the tokenizer could not be saved: No space left on device" in shown
+    again = re.search(r"saved later with: moetier train (.*)", shown)
+    assert again is not None and losses(report)  # what was measured is not lost
+    call(*shlex.split(again[1]), "-q")
+    assert (saved / "tokenizer.json").is_file()
+
+
+def test_a_second_signal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    monkeypatch.setattr(train_lm.time, "monotonic", lambda: now)
+    with train_lm.stopped_by("moetier train …") as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # as `timeout` passes it on
+        assert asked == ["SIGINT"]
+        now += 1.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    first, second = capsys.readouterr().err.splitlines()
+    assert "the step is finished" in first and second.endswith("from the last checkpoint with: moetier train …")
+
+
+def test_a_run_without_a_checkpoint(model: Path, text: Path, tmp_path: Path) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
+    call(*args, "--optim", "sgd", "--lr", 0, "--aux-loss", 0)
+    shutil.rmtree(tmp_path / "run/run/steps")
+    (tmp_path / "run/run/steps").mkdir()
+    assert "holds a run without a checkpoint yet; begin it with --resume" in said(call(*args, code=2))
+    call(*args, "--resume")
 
 
 def test_schedules() -> None:

@@ -17,6 +17,8 @@ def test_verify_a_run(tmp_path: Path) -> None:
             put(family(run), KEYS[step // 10], step)
             run.commit(step, attachments={"note": lambda path: path.write_text("note")})
     assert call("verify", folder).stdout == f"{folder}: whole: steps 10, 20; 8.0 KiB of experts read\n"
+    assert call("verify", tmp_path).stdout == call("verify", folder).stdout  # --out of moetier train holds it
+    assert said(call("verify", folder)) == ""
     assert "leave it out" in said(call("verify", folder, tmp_path, code=2))
     with open(folder / "weights.bin", "r+b") as file:
         file.write(b"\xff")

@@ -38,22 +38,22 @@ def format_size(nbytes: float) -> str:
     return f"{nbytes:.1f} TiB"
 
 
-def parse_slots(text: str | int, records: int) -> int:
-    """A number of slots, or a share of all experts such as `25%`."""
+def parse_slots(text: str | int, records: int, name: str = "slots") -> int:
+    """A number of slots, or a share of all experts such as `25%`; errors say `name`."""
     if isinstance(text, str) and text.strip().endswith("%"):
         try:
             share = float(text.strip()[:-1])
         except ValueError:
-            raise ConfigError(f"slots: {text!r} is not a share; write a percentage such as 25%") from None
+            raise ConfigError(f"{name}: {text!r} is not a share; write a percentage such as 25%") from None
         if not 0 < share <= 100:
-            raise ConfigError(f"slots: {text!r} must be above 0% and at most 100%")
+            raise ConfigError(f"{name}: {text!r} must be above 0% and at most 100%")
         return max(1, round(records * share / 100))
     try:
         slots = int(text)
     except ValueError:
-        raise ConfigError(f"slots: {text!r} is neither a number of slots nor a share such as 25%") from None
+        raise ConfigError(f"{name}: {text!r} is neither a number of slots nor a share such as 25%") from None
     if slots < 1:
-        raise CapacityError(f"slots: at least 1 slot is needed, got {slots}", minimum_slots=1)
+        raise CapacityError(f"{name}: at least 1 slot is needed, got {slots}", minimum_slots=1)
     return slots
 
 

@@ -29,9 +29,15 @@ _FLAGS = (  # the library names its arguments, a user of the command line knows 
     (re.compile(r"^(cache|keep|max|drop)_(prior|top|rank|mass|misses): "), r"--\1-\2: "),
     (re.compile(r"^processes: "), "--jobs: "),
     (re.compile(r"^(steps|lr|warmup|schedule|optim|idle|accumulation|seed|dtype|keep|writeback): "), r"--\1: "),
-    (re.compile(r"^(batch|weight|aux|gradient|state|gradient)_(size|decay|loss|checkpointing|slots): "), r"--\1-\2: "),
+    (re.compile(r"^(weight|aux|gradient|state|gradient)_(decay|loss|checkpointing|slots): "), r"--\1-\2: "),
     (re.compile(r"\bsequence_length\b"), "--sequence-length"),
+    (re.compile(r"(^|smaller )batch_size\b"), r"\1--batch-size"),
     (re.compile(r"^max_grad_norm: "), "--max-grad-norm: "),
+    (re.compile(r"^(sampler: '|width: )"), r"--\1"),
+    (re.compile(r"^(episode_len|envs_per_batch): "), lambda found: f"--{found[1].replace('_', '-')}: "),
+    (re.compile(r"^num_experts_per_tok: "), "--top-k: "),
+    (re.compile(r"^step: "), "--resume-from: "),
+    (re.compile(r"\b(go on from|use) another step\b"), r"\1 another step, with moetier train lm --resume-from"),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
 

@@ -35,6 +35,21 @@ def check_file(path: str | os.PathLike[str] | None, flag: str) -> None:
         raise ConfigError(f"{flag} {path}: a pipe or device; give the name of a file")
 
 
+def check_folder(path: str | os.PathLike[str], flag: str) -> None:
+    """Refuse a folder that could not be written to, or made. Raises `ConfigError` naming `flag`."""
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    draft = folder / f".moetier.{os.getpid()}.tmp"
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(None, f"{folder} is a file")
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: cannot be written ({error.strerror}); give another folder") from None
+
+
 def write_text(path: str | os.PathLike[str], text: str, flag: str) -> None:
     """Write a text file; pipes and devices (`/dev/stdout`) are written straight. Raises `StoreError` naming `flag`."""
     try:

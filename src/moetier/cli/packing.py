@@ -92,7 +92,9 @@ def pack(
 
 @reported
 def verify(
-    store: Annotated[str, typer.Argument(help="The folder of a packed store, or of a run.", metavar="STORE")],
+    store: Annotated[
+        str, typer.Argument(help="The folder of a packed store, or of a run (--out of moetier train).", metavar="STORE")
+    ],
     model: Annotated[
         str | None,
         typer.Argument(help="Compare the records with this checkpoint too.", metavar="MODEL"),
@@ -106,6 +108,9 @@ def verify(
     import_libraries(console, verbose, None)
     from moetier.stores.runfolder import RunFolder
 
+    inside = Path(store, "run").expanduser()
+    if RunFolder.exists(inside) and not RunFolder.exists(inside.parent):
+        store = str(Path(store, "run"))  # what was named is --out of moetier train
     if RunFolder.exists(Path(store).expanduser()):
         if model is not None:
             raise ConfigError(
@@ -200,6 +205,7 @@ def _map(folder: CheckedFolder, dtype: str, trust_remote_code: bool, verbose: bo
 def _bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over bytes; what it gives is told of those done and of all."""
     columns = (TextColumn(label), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=console.quiet) as progress:
+    silent = console.quiet or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=silent) as progress:
         task = progress.add_task(label, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -101,7 +101,8 @@ def synthetic(
         float, typer.Option(metavar="X", min=0.0, help="As torch has it.", rich_help_panel=_LOOP)
     ] = 0.0,
     max_grad_norm: Annotated[
-        float | None, typer.Option(metavar="X", help="Clip all gradients together.", rich_help_panel=_LOOP)
+        float | None,
+        typer.Option(metavar="X", min=0.0, help="Clip all gradients together; 0: do not.", rich_help_panel=_LOOP),
     ] = None,
     idle: Annotated[
         str,
@@ -185,6 +186,12 @@ def synthetic(
         raise ConfigError("--resume needs --run, the folder of the run to go on with")
     if commit_every is not None and run is None:
         raise ConfigError("--commit-every needs --run: a temporary run keeps no checkpoint")
+    kept = {"--run": run, "--host-slots": host_slots, "--host-memory": host_memory, "--device-slots": device_slots}
+    idle_flags = [flag for flag, given in kept.items() if given is not None]
+    if in_memory and idle_flags:
+        raise ConfigError(
+            f"--in-memory: all experts are parameters of torch, and no run is kept; leave {idle_flags[0]} out"
+        )
     if host_slots is not None and host_memory is not None:
         raise ConfigError("--host-slots and --host-memory both say how many experts there is room for; give one")
     budget = None if host_memory is None else parse_size(host_memory, "--host-memory")
@@ -211,7 +218,7 @@ def synthetic(
         optim=optim,
         lr=lr,
         weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
+        max_grad_norm=max_grad_norm or None,
         idle=idle,
         seed=seed,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +28,11 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
-from moetier.cli.files import check_writable, write_text
+from moetier.cli.files import check_folder, check_writable, write_text
 from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
 from moetier.cli.train_report import Teller, report, show
-from moetier.errors import ConfigError, StoreError
+from moetier.errors import ConfigError, MoetierError, StoreError
 
 if TYPE_CHECKING:
     from moetier.loading import CheckedFolder
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _DATA, _LOOP, _MEMORY = "Texts", "Training", "Experts and memory"
 _MACHINE, _RUN, _OUT = "Model and machine", "Run", "Output"
 DEMO = "demo"
+ECHO = 0.5  # seconds in which a second signal is the first one again: timeout and others pass on what all were sent
 
 
 def _number(help: str, panel: str, least: int = 1, metavar: str = "N") -> Any:
@@ -73,6 +75,9 @@ def language_model(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_RUN)
     ] = False,
+    resume_from: Annotated[
+        int | None, _number("Go on from the checkpoint of this step, not from the last; see --keep.", _RUN)
+    ] = None,
     commit_every: Annotated[int, _number("Steps between checkpoints; one more at the end and on Ctrl-C.", _RUN)] = 100,
     keep: Annotated[int, _number("Checkpoints that are kept.", _RUN)] = 1,
     export: Annotated[
@@ -175,16 +180,21 @@ def language_model(
         raise ConfigError("--eval-every: nothing to evaluate on; give --eval-texts")
     check_writable(json_file, "--json")
     folder = Path(out).expanduser()
-    check_folders(folder, resume, export)
+    resume = resume or resume_from is not None
+    check_folders(folder, resume)
     console = Console(stderr=True, quiet=quiet, highlight=False)
     import_libraries(console, verbose, threads)
     from moetier.loading import checked
     from moetier.training.lm_settings import Batches, Settings
-    from moetier.training.optimizers import make_optimizer
+    from moetier.training.optimizers import check_optimizer
     from moetier.training.texts import absolute, blocks_of
 
     with ExitStack() as stack:
         found = model_folder(model, from_scratch, revision, stack, console)
+        if export is not None:
+            check_export(export, found if isinstance(found, Path) else found.path, folder)
+        if tokenizer is not None and not Path(tokenizer).expanduser().is_dir():
+            raise StoreError(f"--tokenizer {tokenizer}: no such folder; give one with a tokenizer's files")
         words = load_tokenizer(found if tokenizer is None else Path(tokenizer).expanduser(), trust_remote_code)
         with console.status("reading texts"):
             data = blocks_of(texts, words, sequence_length, "TEXTS")
@@ -208,10 +218,11 @@ def language_model(
             dtype,
         )
         settings.check()
-        make_optimizer(optim)  # raises for what is not there
+        check_optimizer(optim)
         writer = board_writer(tensorboard)
         tiering: dict[str, Any] = {
             "train": str(folder / "run"),
+            "train_step": resume_from,
             "keep": keep,
             "device_memory": device_memory,
             "host_memory": host_memory,
@@ -254,6 +265,7 @@ def language_model(
             say("warning", f"sequences of {sequence_length} tokens, but the model is made for {longest}")
         places: dict[str, Any] = {"model": absolute(model), "texts": [absolute(t) for t in texts], "out": absolute(out)}
         places |= {"eval_texts": [absolute(t) for t in eval_texts or []], "resume": None, "json_file": None}
+        places |= {"resume_from": None}
         places |= {"device": device}  # a run goes on where it began, unless it is told otherwise
         places |= {"steps": steps, "epochs": epochs, "tokenizer": absolute(tokenizer) if tokenizer else None}
         for name, place in {"export": export, "tensorboard": tensorboard}.items():
@@ -264,17 +276,19 @@ def language_model(
         if board is not None:
             stack.callback(board.close)
         teller = Teller(console, training, data, held_out, log_every, board)
-        with teller, stopped_by() as stop:
-            run(training, held_out, eval_every, commit_every, teller, stop)
+        again = f"moetier train --config {shlex.quote(str(folder / 'train.toml'))} --resume"
+        with teller, stopped_by(again) as stop:
+            try:
+                run(training, held_out, eval_every, commit_every, teller, stop)
+            except StoreError as error:
+                raise StoreError(f"{error}; then go on with: {again}") from error
+        result = report(training, model, teller, load_seconds, stop[0] if stop else None)
+        show(result, console)
+        if json_file is not None:
+            write_text(json_file, json.dumps(result, indent=2) + "\n", "--json")
         if export is not None and not stop:
             with console.status(f"saving to {export}"):
-                lm.save_pretrained(Path(export).expanduser())
-                words.save_pretrained(Path(export).expanduser())
-        result = report(training, model, teller, load_seconds, stop[0] if stop else None)
-    show(result, console)
-    if json_file is not None:
-        write_text(json_file, json.dumps(result, indent=2) + "\n", "--json")
-    again = f"moetier train --config {folder / 'train.toml'} --resume"
+                save(lm, words, export, again)
     if stop:
         say("stopped", f"step {training.step} of {settings.steps} is committed; go on with: {again}")
         raise typer.Exit(128 + signal.Signals[stop[0]])
@@ -314,15 +328,44 @@ def run(
         training.commit()
 
 
+def check_export(export: str, source: Path, folder: Path) -> None:
+    """Raise `ConfigError` for a folder that the trained model could not be saved to, before it is trained."""
+    check_folder(export, "--export")
+    if Path(export).expanduser().resolve() in (source.resolve(), initial_of(folder).resolve()):
+        raise ConfigError(f"--export {export}: holds the checkpoint that training begins with; give another folder")
+
+
+def save(model: Any, tokenizer: Any, export: str, again: str) -> None:
+    """Make an ordinary checkpoint. Raises `StoreError` that says how to try `again`: what was trained is committed."""
+    folder, what = Path(export).expanduser(), "model"
+    try:
+        model.save_pretrained(folder)
+        what = "tokenizer"
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # Rust's writers of tokenizers raise nothing finer
+        told = str(error) if isinstance(error, MoetierError) else f"{export}: the {what} could not be saved: {error}"
+        if isinstance(error, ConfigError):
+            raise
+        raise StoreError(
+            f"{told}; the run is committed, and can be saved later with: {again} --export {shlex.quote(export)}"
+        ) from error
+
+
 @contextmanager
-def stopped_by() -> Iterator[list[str]]:
+def stopped_by(again: str) -> Iterator[list[str]]:
     """SIGINT and SIGTERM put their name into the list that is given; a second one interrupts at once."""
     asked: list[str] = []
+    first = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if asked and time.monotonic() < first + ECHO:
+            return
         if asked:
+            say("stopped", f"at once; go on from the last checkpoint with: {again}")
             raise KeyboardInterrupt
         asked.append(signal.Signals(number).name)
+        first = time.monotonic()
         say("stopping", "the step is finished and committed first; again to stop at once")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -343,19 +386,23 @@ def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tup
     return (steps, None) if sources[0] == "COMMANDLINE" else (None, epochs)
 
 
-def check_folders(folder: Path, resume: bool, export: str | None) -> None:
+def check_folders(folder: Path, resume: bool) -> None:
     """Raise `ConfigError` for a run that is to begin where something is, or to go on where nothing is."""
     try:
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--out {folder}: is a file; give a folder")
         there = folder.is_dir() and any(folder.iterdir())
-        if export is not None and Path(export).expanduser().is_file():
-            raise ConfigError(f"--export {export}: is a file; give a folder")
+        begun = any((folder / "run" / "steps").glob("step-*"))
     except OSError as error:
         raise StoreError(f"--out {folder}: cannot be read: {error.strerror}") from None
     ours = (folder / "train.toml").is_file() or (folder / "run").is_dir() or (folder / "initial").is_dir()
     if resume and not ours:
         raise ConfigError(f"--resume: {folder} holds no run; leave it out to begin one there")
     if there and not resume:
-        what = "holds a run already; go on with --resume, or give" if ours else "holds other files; give"
+        what = "holds other files; give"
+        if ours:
+            what = "holds a run already; go on with --resume, or give"
+            what = what if begun else "holds a run without a checkpoint yet; begin it with --resume, or give"
         raise ConfigError(f"--out {folder}: {what} another folder")
 
 
@@ -378,16 +425,20 @@ def model_folder(
     return find(str(path) if path.exists() else model, revision, console)
 
 
+def initial_of(folder: Path) -> Path:
+    """Where a run keeps the checkpoint with random weights that it begins with."""
+    return folder / "initial"
+
+
 def initial(source: Path, folder: Path, settings: Any, resume: bool, console: Console, trust_remote_code: bool) -> Path:
     """The checkpoint with random weights that the run begins with, made unless it is there."""
     from moetier.training.from_scratch import config_of, make_checkpoint
 
-    made = folder / "initial"
+    made = initial_of(folder)
     if not made.is_dir():
         if resume and (folder / "run").is_dir():
             raise StoreError(f"{made}: the checkpoint that the run began with is gone, and it needs it")
         with console.status("making random weights"):
-            folder.mkdir(parents=True, exist_ok=True)
             make_checkpoint(
                 config_of(source, trust_remote_code), made, settings.seed, settings.dtype, trust_remote_code
             )

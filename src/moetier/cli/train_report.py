@@ -59,7 +59,8 @@ class Teller:
 
     def __enter__(self) -> Teller:
         plan, total = self._training.model.moetier.plan, self._training.settings.steps
-        texts = f"{self.data.tokens.size} tokens in {len(self.data)} sequences of {self.data.files} files"
+        files = "1 file" if self.data.files == 1 else f"{self.data.files} files"
+        texts = f"{self.data.tokens.size} tokens in {len(self.data)} sequences of {files}"
         if self.held_out is not None:
             texts += f", {self.held_out.tokens.size} to evaluate on"
         memory = "device memory" if plan.machine.device_nbytes is not None else "memory"
@@ -228,7 +229,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         slots = f"of the steps' uses; {result['slots']} of {result['experts']} experts in memory"
         table.add_row("hits", f"{100 * sum(steps['hits']) / uses:.1f} %", slots)
         for name in ("read", "written"):
-            said = f"a step; {format_size(result['bytes'][name])} in all, with evaluations and checkpoints"
+            said = f"a step; {format_size(result['bytes'][name])} with evaluations and checkpoints"
             table.add_row(name, format_size(sum(steps[f"{name}_bytes"]) // count), said)
         for row in routing_rows(result.get("routing")):
             table.add_row(*row)

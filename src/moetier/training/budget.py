@@ -61,7 +61,8 @@ def divide(
         device = _device_slots(workload, machine.device_nbytes, sizes, weights)
         below = replace(workload, resident_nbytes=0, workspace_nbytes=sizes.host)
         return replace(divide(below, Machine(machine.host_nbytes), sizes, None, state, gradients), device=device)
-    asked = [None if kind is None else min(records, parse_slots(kind, records)) for kind in (weights, state, gradients)]
+    given = {"slots": weights, "state_slots": state, "gradient_slots": gradients}
+    asked = [None if kind is None else min(records, parse_slots(kind, records, n)) for n, kind in given.items()]
     if asked[0] is not None:
         own = asked[0]
         states = own if asked[1] is None else asked[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
@@ -60,8 +61,11 @@ def make_checkpoint(config: Any, folder: Path, seed: int, dtype: str, trust_remo
         if model.can_generate():
             model.generation_config.save_pretrained(draft)
         os.replace(draft, folder)
-    except OSError as error:
-        raise StoreError(f"{folder}: the checkpoint could not be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StoreError(
+            f"{folder}: the checkpoint could not be written ({reason}); give a folder on a disk that has room for it"
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -66,6 +66,8 @@ class Settings:
                 raise ConfigError(f"{name}: must be a number of at least 0, got {getattr(self, name)}")
         if not 0 <= self.warmup <= self.steps:
             raise ConfigError(f"warmup: from 0 to the {self.steps} steps there are, got {self.warmup}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed: must be from 0 to 2**63 - 1, got {self.seed}")
         if self.dtype == "float16":
             raise ConfigError("dtype: float16 gradients overflow without loss scaling; train in bfloat16 or float32")
         for name, known in {"schedule": tuple(SCHEDULES), "idle": IDLES, "dtype": DTYPES}.items():

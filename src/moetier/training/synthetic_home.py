@@ -86,6 +86,7 @@ class Tiered:
 
     def __init__(self, settings: Settings, home: Home):
         self._home, self._steps = home, settings.steps
+        self._rates = {name: getattr(settings, name) for name in ("lr", "weight_decay", "max_grad_norm")}
         self._opened = ExitStack()
         self._resumed = False
         try:
@@ -114,6 +115,7 @@ class Tiered:
         tiered = TieredExperts(self._weights, _plan(settings, slots, store.slot_nbytes), [], None)
         tiered.training, tiered.sink = self._session, engine
         self._engine = engine
+        self._check_rates()
         if home.prefetch and (home.device_slots is not None or slots < sum(counts)):
             self._weights.ahead = StepAhead(self._weights.core, tuple(counts), tiered.tape.coming)
         bind(self.model, modules, tiered)
@@ -136,12 +138,19 @@ class Tiered:
             run, folder = RunFolder.open(home.folder, keep=1), home.folder
         else:
             if RunFolder.exists(home.folder):
-                raise ConfigError(f"resume: {home.folder} holds a run already; resume it, or give another folder")
+                raise ConfigError(f"{home.folder}: holds a run already; resume it, or give another folder")
             run, folder = RunFolder.create(home.folder, model=name, fingerprint=mark, keep=1), home.folder
         self._opened.callback(run.close)
         if run.head.fingerprint != mark:
             raise ConfigError(f"{folder}: {_difference(run.head.model, made)}; give the same, or another folder")
         return run, folder
+
+    def _check_rates(self) -> None:
+        """The optimizer's rates are the checkpoint's. Raises `ConfigError` where others were asked for."""
+        run = self._session.run
+        before = None if run.step is None else self._session.extra(run.step)
+        if before is not None and before != self._rates:
+            raise ConfigError(f"{run.folder}: {_differing(before, self._rates)}; give the same, or another folder")
 
     def _cache(self, settings: Settings, store: Any, counts: list[int], slots: int) -> ExpertCache:
         """One tier in host memory, or two."""
@@ -187,13 +196,16 @@ class Tiered:
         """Commit, if it is time."""
         every = self._home.commit_every
         if every is not None and self._home.folder is not None and step % every == 0 and step < self._steps:
-            self._session.commit(loader=loader)
+            self._commit(loader)
+
+    def _commit(self, loader: Lookahead) -> None:
+        self._session.commit(extra=self._rates, loader=loader)
 
     def close(self, loader: Lookahead | None) -> None:
         """Commit the end of training, and close everything."""
         try:
             if loader is not None and self._home.folder is not None:
-                self._session.commit(loader=loader)
+                self._commit(loader)
         finally:
             self.model.moetier.close()
             self._opened.close()
@@ -228,7 +240,10 @@ def _difference(model: str, made: dict[str, Any]) -> str:
     kind, _, described = model.partition(" ")
     if kind != "synthetic":
         return f"the run trains {model or 'another model'}, not the synthetic one"
-    before = json.loads(described)
+    return _differing(json.loads(described), made)
+
+
+def _differing(before: dict[str, Any], made: dict[str, Any]) -> str:
     differing = [f"{name} {before.get(name)}, not {made[name]}" for name in made if before.get(name) != made[name]]
     return f"the run was begun with {', '.join(differing)}"
 

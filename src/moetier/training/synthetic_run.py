@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from moetier.errors import ConfigError, MoetierError
 from moetier.training.lookahead import Lookahead, Prefetches
-from moetier.training.optimizers import make_optimizer
+from moetier.training.optimizers import check_optimizer
 from moetier.training.orders import ORDERS
 from moetier.training.samplers import EnvironmentSampler
 from moetier.training.synthetic import SyntheticConfig, SyntheticModel, expert_ranks
@@ -81,7 +81,7 @@ class Settings:
         for name in ("n_experts", "n_envs", "steps", "batch_size", "expert_width", "episode_len", "envs_per_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
-        make_optimizer(self.optim)
+        check_optimizer(self.optim)
         choices = {"sampler": tuple(ORDERS), "dtype": tuple(DTYPES), "idle": IDLES}
         for name, known in choices.items():
             if getattr(self, name) not in known:

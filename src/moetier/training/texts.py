@@ -79,8 +79,8 @@ def blocks_of(texts: Sequence[str], tokenizer: Any, length: int, flag: str = "te
     count = len(tokens) // length
     if not count:
         raise ConfigError(
-            f"{flag}: {len(tokens)} tokens in {len(files)} files do not fill one block of {length}; give more text, or "
-            "a smaller sequence_length"
+            f"{flag}: {len(tokens)} tokens in {'1 file' if len(files) == 1 else f'{len(files)} files'} do not fill one "
+            f"sequence of {length}; give more text, or a smaller sequence_length"
         )
     tokens = tokens[: count * length].reshape(count, length)
     return Blocks(tokens, len(files), hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest())

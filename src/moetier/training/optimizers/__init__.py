@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from moetier.errors import ConfigError
 from moetier.record import RecordLayout
 from moetier.registry import build
 from moetier.training.optimizers.adafactor import Adafactor
@@ -20,7 +21,7 @@ from moetier.training.optimizers.settings import Hyper, Settings
 from moetier.training.optimizers.sgd import SGD, Momentum
 from moetier.training.optimizers.usage import Usage
 
-__all__ = ["OPTIMIZERS", "Fields", "Hyper", "RecordOptimizer", "Settings", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "Fields", "Hyper", "RecordOptimizer", "Settings", "check_optimizer", "make_optimizer"]
 
 
 class RecordOptimizer(Protocol):
@@ -83,3 +84,11 @@ def make_optimizer(text: str) -> RecordOptimizer:
     """
     optimizer: RecordOptimizer = build("optimizer", text, OPTIMIZERS)
     return optimizer
+
+
+def check_optimizer(text: str) -> None:
+    """Raise `ConfigError` that names the setting `optim` for what `make_optimizer` cannot make."""
+    try:
+        make_optimizer(text)
+    except ConfigError as error:
+        raise ConfigError(f"optim: {error}") from error
