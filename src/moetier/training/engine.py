@@ -11,7 +11,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from moetier.access import Access, ExpertKey, Part
 from moetier.cache import ExpertCache
 from moetier.errors import ConfigError, MoetierError
-from moetier.lease import Lease
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied
 from moetier.training.gradients import Fields, Gradients
@@ -32,7 +31,7 @@ from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
 from moetier.training.outbound import Outbound
 from moetier.training.proxy import Proxy
-from moetier.training.sink import Take
+from moetier.training.sink import Batches, Take
 
 Scale = Callable[[ExpertKey, float], float]
 
@@ -85,7 +84,7 @@ class TrainingEngine:
         """Changes whenever the expert's weights do, or will before anyone sees them again."""
         return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, [key]))
 
-    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
+    def fresh(self, access: Access, lease: Take) -> Batches:
         """The leases of a forward, on experts that have had all updates: those that wait are made on the way."""
         self.check()
         if self.owes:
@@ -100,7 +99,7 @@ class TrainingEngine:
             return self._updated(access, waiting, lease)
         return lease(access, None)
 
-    def _updated(self, access: Access, waiting: Sequence[ExpertKey], lease: Take) -> Iterator[Sequence[Lease]]:
+    def _updated(self, access: Access, waiting: Sequence[ExpertKey], lease: Take) -> Batches:
         self.lazy.settle(access.layer, but=access.keys)  # of experts without tokens this time
         self.lazy.expect(access.layer, waiting)
         left = set(waiting)
@@ -304,7 +303,7 @@ class TrainingEngine:
             hyper, scale = self._begun[layer]
             applied.count([key], hyper.step)
             scale_(gradients.values(), scale(key, squares[key]))
-            for records in applied.records([key], part=Part.BACKWARD):
+            with applied.records(key, part=Part.BACKWARD) as records:
                 self._load_ahead()
                 applied.update(records, gradients, hyper)
 

@@ -19,7 +19,7 @@ from moetier.cache import ExpertCache
 from moetier.lease import Lease
 from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Gradients
-from moetier.training.leases import load_ahead
+from moetier.training.leases import AHEAD, load_ahead
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import Hyper
 from moetier.training.optimizers.clipping import scale_
@@ -119,8 +119,14 @@ class LazyUpdates:
         self._make_all([key for key in self.waiting(layer, keys) if not self.is_due(key)], None)
 
     def _make_all(self, keys: Sequence[ExpertKey], gradients: ExpertCache | None) -> None:
-        for records in self._of().records(keys, gradients) if keys else ():
-            self._make(records)
+        for number, key in enumerate(keys):
+            following = keys[number : number + AHEAD]
+            load_ahead(self._weights, following)
+            if gradients is not None:
+                load_ahead(gradients, following)
+            self._of().load_states_ahead(following)
+            with self._of().records(key, gradients) as records:
+                self._make(records)
 
     def _make(self, records: Records) -> None:
         applied, key = self._of(), records.weights.key
