@@ -274,3 +274,23 @@ def test_the_same_process_goes_back_to_a_step(checkpoint: Get, tmp_path: Path) -
     with pytest.raises(moetier.ConfigError, match="has no step 7"):
         session.rewind(7)
     run.close()
+
+
+def test_a_way_back_that_the_disk_bars_loses_no_update(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, found = [], []
+    for bars in (False, True):
+        seed()
+        run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / f"{bars}", slots=24)
+        losses.append(run.train(range(3), commit_at=(1,)))
+        if bars:
+            failing = Failing(monkeypatch, errno.ENOSPC, 0)
+            with pytest.raises(moetier.StoreError, match="No space left"):
+                run.model.moetier.training.rewind(1)
+            failing.end()
+        losses[-1] += run.train(range(3, 4))
+        found.append(run.everything())
+        run.close()
+    assert losses[0] == losses[1]
+    assert_equal(*found)

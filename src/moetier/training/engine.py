@@ -339,12 +339,13 @@ class TrainingEngine:
         Graphs of forwards before it must not be used any more.
         """
         self.check()
-        self.lazy.drop()
-        self.flush()  # nothing is on its way home then, and nothing is changed
+        for cache in self._kept():
+            cache.flush()  # nothing is on its way home then, and nothing is changed
         applied = self.applied
         assert applied is not None
         try:
             home()
+            self.lazy.drop()
             self.ledger.load(saved["ledger"], applied.optimizer.settings)
             if applied.usage is not None:
                 applied.usage.load(saved["usage"])
