@@ -1,17 +1,17 @@
 """The training engine: joins the caches of weights, gradients and optimizer states of a model's experts.
 
-It collects gradients in backward, applies them at a step, and makes experts that were idle catch up before a forward
-uses them. What is due it asks the ledger, what an update does the record optimizer; this file moves records between
-them. It knows nothing of autograd, checkpoints or the rest of the model.
+It collects gradients in backward, decides at a step how they are applied, and has that done, and what idle experts
+missed, when a forward uses them (`lazy.py`). What is due it asks the ledger, what an update does the record optimizer;
+this file moves records between them. It knows nothing of autograd, checkpoints or the rest of the model.
 
-Between a backward and its step the engine holds gradients, and only then. After an error in the middle of an update
+Gradients are `pending` between a backward and its step, and only then. After an error in the middle of an update
 the weights in the caches are of two steps: the engine refuses everything from then on, and the way out is the last
 checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -92,21 +92,19 @@ class TrainingEngine:
                 "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
                 "before the first forward"
             )
-        waiting = self.lazy.waiting(access.layer, access.keys)
         if self.weights.device is not None:  # forward's leases are there; updates are made in host memory
-            self.lazy.catch_up(access.layer, waiting)
-        elif waiting or self.lazy.due(access.layer):
-            return self._updated(access, waiting, lease)
-        return lease(access, None)
+            self.lazy.catch_up(access.layer, access.keys)
+            return lease(access, None)
+        waiting = set(self.lazy.waiting(access.layer, access.keys))
+        self.lazy.settle(access.layer, but=waiting)  # of experts without tokens this time
+        return self._updated(access, waiting, lease) if waiting else lease(access, None)
 
-    def _updated(self, access: Access, waiting: Sequence[ExpertKey], lease: Take) -> Batches:
-        self.lazy.settle(access.layer, but=access.keys)  # of experts without tokens this time
-        self.lazy.expect(access.layer, waiting)
-        left = set(waiting)
+    def _updated(self, access: Access, waiting: Set[ExpertKey], lease: Take) -> Batches:
+        self.lazy.expect(access.layer, sorted(waiting))
         with closing(lease(replace(access, writes=True), 1)) as batches:
             for batch in batches:
                 for one in batch:
-                    if one.key in left:
+                    if one.key in waiting:
                         self.lazy.make(one)
                 yield batch
 
