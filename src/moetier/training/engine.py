@@ -82,7 +82,9 @@ class TrainingEngine:
 
     def version(self, key: ExpertKey) -> int:
         """Changes whenever the expert's weights do, or will before anyone sees them again."""
-        return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, [key]))
+        missed = 1 + (key.layer in self._begun)  # not the step under way: the expert's gradient may be still to come
+        behind = self.ledger.behind(key.layer, [key.expert], by=missed)
+        return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, behind))
 
     def fresh(self, access: Access, lease: Take) -> Batches:
         """The leases of a forward, on experts that have had all updates: those that wait are made on the way."""
@@ -92,6 +94,8 @@ class TrainingEngine:
                 "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
                 "before the first forward"
             )
+        if access.part is Part.BACKWARD and access.layer in self._begun:  # a forward again, while it updates
+            return lease(access, None)
         if self.weights.device is not None:  # forward's leases are there; updates are made in host memory
             self.lazy.catch_up(access.layer, access.keys)
             return lease(access, None)
