@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -20,11 +20,10 @@ from moetier.access import Access
 from moetier.arenas import HostArena
 from moetier.cache import ExpertCache
 from moetier.experts import per_expert_parameters
-from moetier.lease import Lease
 from moetier.record import RecordLayout, round_up
 from moetier.tiered import TieredExperts
 from moetier.training import reference
-from moetier.training.sink import Add, Gradients, Take
+from moetier.training.sink import Add, Batches, Gradients, Take
 
 LAYERS = 2
 IMPLEMENTATIONS = {"reference": reference.NAME, "tiered": moetier.hf.NAME}
@@ -151,7 +150,7 @@ class DictSink:
     def version(self, key: ExpertKey) -> int:
         return self.versions.get(key, 0)
 
-    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
+    def fresh(self, access: Access, lease: Take) -> Batches:
         self.events.append(("forward", access))
         return lease(access, None)
 

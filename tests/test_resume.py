@@ -235,6 +235,31 @@ def test_a_commit_that_found_the_disk_full_can_be_tried_again(
     run.close()
 
 
+@pytest.mark.parametrize("slots", [1, 6])
+def test_who_handles_an_error_of_a_forward_can_commit(
+    slots: int, checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the traceback holds on to what the forward had leased, to make updates there."""
+    run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / "run", slots=slots)
+    run.train(range(1))
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.model.model.layers[1].mlp.experts.act_fn, "forward", stop)
+    try:
+        run.model(**batch(1), use_cache=False)
+    except KeyboardInterrupt:
+        run.model.moetier.commit(scheduler=run.scheduler)
+    else:
+        raise AssertionError("the forward was not interrupted")
+    expected = run.everything()
+    run.close()
+    run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / "run", slots=slots)
+    assert_equal(run.everything(), expected)
+    run.close()
+
+
 def test_the_same_process_goes_back_to_a_step(checkpoint: Get, tmp_path: Path) -> None:
     run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / "run", keep=4)
     losses = run.train(range(3), commit_at=(2, 3))
@@ -249,3 +274,23 @@ def test_the_same_process_goes_back_to_a_step(checkpoint: Get, tmp_path: Path) -
     with pytest.raises(moetier.ConfigError, match="has no step 7"):
         session.rewind(7)
     run.close()
+
+
+def test_a_way_back_that_the_disk_bars_loses_no_update(
+    checkpoint: Get, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses, found = [], []
+    for bars in (False, True):
+        seed()
+        run = Run(checkpoint("qwen3_moe", torch.float32), tmp_path / f"{bars}", slots=24)
+        losses.append(run.train(range(3), commit_at=(1,)))
+        if bars:
+            failing = Failing(monkeypatch, errno.ENOSPC, 0)
+            with pytest.raises(moetier.StoreError, match="No space left"):
+                run.model.moetier.training.rewind(1)
+            failing.end()
+        losses[-1] += run.train(range(3, 4))
+        found.append(run.everything())
+        run.close()
+    assert losses[0] == losses[1]
+    assert_equal(*found)

@@ -95,6 +95,25 @@ def test_close_to_stock_transformers(kind: str, checkpoint: Get, trained: Get) -
         assert_close(model, plain, 1e-6)
 
 
+@pytest.mark.parametrize("mode", [torch.autocast("cpu", torch.bfloat16), torch.inference_mode()], ids=type)
+def test_an_update_is_the_same_whatever_the_forward_runs_in_that_makes_it(mode: Any, trained: Get) -> None:
+    """Autocast would round the products in an update; of inference mode nothing may stay that training meets again."""
+    found = []
+    for settled in (True, False):
+        model = trained()
+        optimizer = moetier.AdamW(model, lr=0.01, experts="adafactor(lr=0.001)")
+        settle = model.moetier.training.engine.settle if settled else lambda: None
+        losses: list[Any] = []
+        for step in range(3):
+            with mode:
+                losses.append(model(**batch(9, 1, 3)).loss.item())
+            losses += loop(model, optimizer, range(step, step + 1), after_step=lambda _, settle=settle: settle())
+        found.append((losses, trained_experts(model)))
+    assert found[0][0] == found[1][0]
+    for key, fields in found[0][1].items():
+        assert all(torch.equal(field, found[1][1][key][name]) for name, field in fields.items()), key
+
+
 def test_updates_in_backward(checkpoint: Get, trained: Get) -> None:
     model = trained()
     optimizer, other, plain = pair(checkpoint, model, "adamw", update="backward")

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from memory_store import MemoryStore
-from moetier.access import Access, ExpertKey
+from moetier.access import Access, ExpertKey, Part
 from moetier.errors import ConfigError, MoetierError, StoreError
 from moetier.record import RecordLayout
 from moetier.training.applied import Applied
@@ -275,6 +275,32 @@ def test_an_update_that_fails_ends_training(rig: Any, when: str, monkeypatch: py
     for call in (mine.engine.catch_up_all, lambda: mine.engine.add(ExpertKey(0, 0), {})):
         with pytest.raises(MoetierError, match="it goes on from the last checkpoint"):
             call()
+
+
+def test_updates_in_a_backward_through_two_forwards(rig: Any) -> None:
+    """The second one's experts, other ones, have not missed the step that the first one's gradients begin."""
+    mine = rig("adamw(weight_decay=0.1)", 3, when="backward")
+    mine.engine.upcoming = lambda: (settings(mine, 0.1), unscaled)
+    theirs = of_torch("adamw(weight_decay=0.1)", [p for f in mine.parameters.values() for p in f.values()], 0.1)
+    for step in range(2):
+        uses = [[ExpertKey(layer, expert) for expert in two] for layer in range(LAYERS) for two in ((0, 1), (2, 3))]
+        for keys in uses:
+            list(mine.engine.fresh(Access(0, keys[0].layer, tuple(keys)), mine.engine.weights.batches))
+        versions = [list(map(mine.engine.version, keys)) for keys in uses]
+        for number, keys in enumerate(uses):
+            again = Access(0, keys[0].layer, tuple(keys), part=Part.BACKWARD)
+            list(mine.engine.fresh(again, mine.engine.weights.batches))
+            assert list(map(mine.engine.version, keys)) == versions[number]
+            mine.gradients(keys, 10 * step + number)
+        for fields in mine.parameters.values():
+            for parameter in fields.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        theirs.step()
+        theirs.zero_grad()
+        mine.engine.close_step()
+    for key, fields in mine.weights().items():
+        for name, field in fields.items():
+            assert torch.equal(field, mine.parameters[key][name]), (key, name)
 
 
 def test_the_proxy_shows_the_norm_and_hands_back_what_was_done_to_it(rig: Any) -> None:

@@ -49,8 +49,12 @@ class RecordLayout:
         return cls(tuple(fields), fields[-1].offset + fields[-1].nbytes)
 
     def views(self, record: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Typed views of a flat uint8 tensor that holds the record; nothing is copied."""
-        return {
-            field.name: record[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
-            for field in self.fields
-        }
+        """Typed views of a flat uint8 tensor that holds the record; nothing is copied.
+
+        Ordinary tensors, where this is called in inference mode too: they may be kept, and be trained afterwards.
+        """
+        with torch.inference_mode(False):
+            return {
+                field.name: record[field.offset : field.offset + field.nbytes].view(field.dtype).view(field.shape)
+                for field in self.fields
+            }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -113,10 +113,11 @@ class TieredExperts:
         in_place = InPlace(module, hidden, routing, self.cache.device) if self.cache.core.misses is not None else None
         crew = self.crew if self._small and self._by_expert else None
         lease = partial(self.cache.batches, aside=crew is not None)
-        batches = lease(access) if self.sink is None else self.sink.fresh(access, lease)
-        if adapters := factors_of(module):
-            batches = adapted(batches, adapters)
-        result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+        adapters = factors_of(module)
+        # closed: who handles an error of the math may want to commit, while its traceback holds on to the generator
+        with closing(lease(access) if self.sink is None else self.sink.fresh(access, lease)) as leases:
+            batches = adapted(leases, adapters) if adapters else leases
+            result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
         return result, access
 
     def again(self, access: Access) -> Access:

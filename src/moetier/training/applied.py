@@ -12,7 +12,7 @@ import torch
 from moetier.access import ExpertKey, Part
 from moetier.cache import ExpertCache
 from moetier.lease import Lease
-from moetier.training.leases import AHEAD, leased, load_ahead
+from moetier.training.leases import leased, load_ahead
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import Hyper, RecordOptimizer
 from moetier.training.optimizers.usage import Usage
@@ -73,18 +73,13 @@ class Applied:
             for key in keys:
                 self.usage.count(key, step)
 
+    @contextmanager
     def records(
-        self, keys: Sequence[ExpertKey], gradients: ExpertCache | None = None, part: Part = Part.UPDATE
+        self, key: ExpertKey, gradients: ExpertCache | None = None, part: Part = Part.UPDATE
     ) -> Iterator[Records]:
-        """What `beside` gives, of one key after the other; the records of the next ones load meanwhile."""
-        for number, key in enumerate(keys):
-            following = keys[number : number + AHEAD]
-            load_ahead(self.weights, following)
-            if gradients is not None:
-                load_ahead(gradients, following)
-            self.load_states_ahead(following)
-            with leased(self.weights, key) as lease, self.beside(lease, gradients, part) as records:
-                yield records
+        """What `beside` gives, of an expert whose weights are leased for it."""
+        with leased(self.weights, key) as lease, self.beside(lease, gradients, part) as records:
+            yield records
 
     @contextmanager
     def beside(

@@ -1,17 +1,17 @@
 """The training engine: joins the caches of weights, gradients and optimizer states of a model's experts.
 
-It collects gradients in backward, applies them at a step, and makes experts that were idle catch up before a forward
-uses them. What is due it asks the ledger, what an update does the record optimizer; this file moves records between
-them. It knows nothing of autograd, checkpoints or the rest of the model.
+It collects gradients in backward, decides at a step how they are applied, and has that done, and what idle experts
+missed, when a forward uses them (`lazy.py`). What is due it asks the ledger, what an update does the record optimizer;
+this file moves records between them. It knows nothing of autograd, checkpoints or the rest of the model.
 
-Between a backward and its step the engine holds gradients, and only then. After an error in the middle of an update
+Gradients are `pending` between a backward and its step, and only then. After an error in the middle of an update
 the weights in the caches are of two steps: the engine refuses everything from then on, and the way out is the last
 checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,6 @@ import torch
 from moetier.access import Access, ExpertKey, Part
 from moetier.cache import ExpertCache
 from moetier.errors import ConfigError, MoetierError
-from moetier.lease import Lease
 from moetier.stores import ExpertStore
 from moetier.training.applied import Applied
 from moetier.training.gradients import Fields, Gradients
@@ -32,7 +31,7 @@ from moetier.training.optimizers import Hyper, Settings
 from moetier.training.optimizers.clipping import norm_of, scale_, squared_norm
 from moetier.training.outbound import Outbound
 from moetier.training.proxy import Proxy
-from moetier.training.sink import Take
+from moetier.training.sink import Batches, Take
 
 Scale = Callable[[ExpertKey, float], float]
 
@@ -83,9 +82,11 @@ class TrainingEngine:
 
     def version(self, key: ExpertKey) -> int:
         """Changes whenever the expert's weights do, or will before anyone sees them again."""
-        return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, [key]))
+        missed = 1 + (key.layer in self._begun)  # not the step under way: the expert's gradient may be still to come
+        behind = self.ledger.behind(key.layer, [key.expert], by=missed)
+        return int(self.ledger.versions[key]) + len(self.lazy.waiting(key.layer, behind))
 
-    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
+    def fresh(self, access: Access, lease: Take) -> Batches:
         """The leases of a forward, on experts that have had all updates: those that wait are made on the way."""
         self.check()
         if self.owes:
@@ -93,21 +94,21 @@ class TrainingEngine:
                 "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
                 "before the first forward"
             )
-        waiting = self.lazy.waiting(access.layer, access.keys)
+        if access.part is Part.BACKWARD and access.layer in self._begun:  # a forward again, while it updates
+            return lease(access, None)
         if self.weights.device is not None:  # forward's leases are there; updates are made in host memory
-            self.lazy.catch_up(access.layer, waiting)
-        elif waiting or self.lazy.due(access.layer):
-            return self._updated(access, waiting, lease)
-        return lease(access, None)
+            self.lazy.catch_up(access.layer, access.keys)
+            return lease(access, None)
+        waiting = set(self.lazy.waiting(access.layer, access.keys))
+        self.lazy.settle(access.layer, but=waiting)  # of experts without tokens this time
+        return self._updated(access, waiting, lease) if waiting else lease(access, None)
 
-    def _updated(self, access: Access, waiting: Sequence[ExpertKey], lease: Take) -> Iterator[Sequence[Lease]]:
-        self.lazy.settle(access.layer, but=access.keys)  # of experts without tokens this time
-        self.lazy.expect(access.layer, waiting)
-        left = set(waiting)
+    def _updated(self, access: Access, waiting: Set[ExpertKey], lease: Take) -> Batches:
+        self.lazy.expect(access.layer, sorted(waiting))
         with closing(lease(replace(access, writes=True), 1)) as batches:
             for batch in batches:
                 for one in batch:
-                    if one.key in left:
+                    if one.key in waiting:
                         self.lazy.make(one)
                 yield batch
 
@@ -304,7 +305,7 @@ class TrainingEngine:
             hyper, scale = self._begun[layer]
             applied.count([key], hyper.step)
             scale_(gradients.values(), scale(key, squares[key]))
-            for records in applied.records([key], part=Part.BACKWARD):
+            with applied.records(key, part=Part.BACKWARD) as records:
                 self._load_ahead()
                 applied.update(records, gradients, hyper)
 
@@ -340,12 +341,13 @@ class TrainingEngine:
         Graphs of forwards before it must not be used any more.
         """
         self.check()
-        self.lazy.drop()
-        self.flush()  # nothing is on its way home then, and nothing is changed
+        for cache in self._kept():
+            cache.flush()  # nothing is on its way home then, and nothing is changed
         applied = self.applied
         assert applied is not None
         try:
             home()
+            self.lazy.drop()
             self.ledger.load(saved["ledger"], applied.optimizer.settings)
             if applied.usage is not None:
                 applied.usage.load(saved["usage"])

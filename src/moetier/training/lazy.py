@@ -9,7 +9,7 @@ all of them made.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +19,19 @@ from moetier.cache import ExpertCache
 from moetier.lease import Lease
 from moetier.training.applied import Applied, Records
 from moetier.training.gradients import Gradients
-from moetier.training.leases import load_ahead
+from moetier.training.leases import AHEAD, load_ahead
 from moetier.training.ledger import Ledger
 from moetier.training.optimizers import Hyper
 from moetier.training.optimizers.clipping import scale_
 
 Around = Callable[[], AbstractContextManager[None]]
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Torch as an update finds it in a step of its own: what a forward runs in (autocast, …) would change its bits."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 @dataclass
@@ -94,26 +101,32 @@ class LazyUpdates:
 
     # -- making them ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_by_itself()
     def make(self, lease: Lease) -> None:
         """The updates of one expert, on a lease that may be changed; its other records are leased beside it."""
         gradients = self._gradients.cache if self.is_due(lease.key) else None
         with self._of().beside(lease, gradients) as records:
             self._make(records)
 
-    @torch.no_grad()
+    @_by_itself()
     def settle(self, layer: int, but: Container[ExpertKey] = ()) -> None:
         """Apply the gradients that are due in a layer, except to some experts."""
         self._make_all([key for key in self.due(layer) if key not in but], self._gradients.cache)
 
-    @torch.no_grad()
+    @_by_itself()
     def catch_up(self, layer: int, keys: Iterable[ExpertKey] | None = None) -> None:
         """Make the steps that experts of a layer (None: all) missed; not for those that have a gradient due."""
         self._make_all([key for key in self.waiting(layer, keys) if not self.is_due(key)], None)
 
     def _make_all(self, keys: Sequence[ExpertKey], gradients: ExpertCache | None) -> None:
-        for records in self._of().records(keys, gradients) if keys else ():
-            self._make(records)
+        for number, key in enumerate(keys):
+            following = keys[number : number + AHEAD]
+            load_ahead(self._weights, following)
+            if gradients is not None:
+                load_ahead(gradients, following)
+            self._of().load_states_ahead(following)
+            with self._of().records(key, gradients) as records:
+                self._make(records)
 
     def _make(self, records: Records) -> None:
         applied, key = self._of(), records.weights.key

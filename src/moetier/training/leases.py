@@ -14,15 +14,15 @@ AHEAD = 16  # records at most that are loaded before their turn: enough to keep 
 SHARE = 2  # and at most this part of the slots, so that little leaves earlier than it had to
 
 
-def access_of(layer: int, keys: Sequence[ExpertKey], writes: bool = True, part: Part = Part.UPDATE) -> Access:
+def access_of(layer: int, keys: Sequence[ExpertKey], part: Part = Part.UPDATE) -> Access:
     """An update's access to these records of a layer; the cache gives it its time."""
-    return Access(0, layer, tuple(keys), phase=Phase.PREFILL, writes=writes, part=part)
+    return Access(0, layer, tuple(keys), phase=Phase.PREFILL, writes=True, part=part)
 
 
 @contextmanager
 def leased(cache: ExpertCache, key: ExpertKey, part: Part = Part.UPDATE) -> Iterator[Lease]:
     """A lease on one record for the length of a block. Set its `dirty` as soon as the record is changed."""
-    stream = cache.stream(access_of(key.layer, (key,), part=part))
+    stream = cache.stream(access_of(key.layer, (key,), part))
     try:
         yield _alone(cache, next(stream))
         for _ in stream:  # gives the lease back

@@ -5,7 +5,7 @@ Without a sink all experts are frozen: backward gives gradients of hidden states
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -20,7 +20,9 @@ Gradients = dict[str, torch.Tensor]
 Add = Callable[[ExpertKey, Gradients], None]
 
 
-Take = Callable[[Access, int | None], Generator[list[Lease], None, None]]
+Batches = Generator[Sequence[Lease], None, None]
+
+Take = Callable[[Access, int | None], Batches]
 """`ExpertCache.batches`: an access, and how many leases at most come at once."""
 
 
@@ -38,8 +40,8 @@ class Sink(Protocol):
     def version(self, key: ExpertKey) -> int:
         """How often the expert's weights were changed so far. Backward raises if it is not what forward saw."""
 
-    def fresh(self, access: Access, lease: Take) -> Iterable[Sequence[Lease]]:
-        """The leases of a forward, with or without autograd, on their way to the math.
+    def fresh(self, access: Access, lease: Take) -> Batches:
+        """The leases of a forward, with or without autograd, on their way to the math. Closed in the end.
 
         Here experts that missed updates can have them, on leases that may be changed (`writes`) or by an access of the
         sink's own, counted in `version`. Return `lease(access, None)` where there is nothing to do. Not called for
