@@ -176,6 +176,8 @@ def test_what_a_user_can_do_wrong(checkpoint: Get, tmp_path: Path) -> None:
     model = load_trained(folder, tmp_path / "run")
     with torch.enable_grad(), pytest.raises(moetier.ConfigError, match="owe steps that only its optimizer"):
         model(**batch(0), use_cache=False)
+    with pytest.raises(moetier.ConfigError, match="owe steps that only its optimizer"):
+        model.save_pretrained(tmp_path / "exported")
     optimizer = moetier.AdamW(model, lr=0.01, weight_decay=0.1)
     with pytest.raises(moetier.ConfigError, match=r"call optimizer.resume\(\) before the first step"):
         loop(model, optimizer, range(1))

@@ -89,11 +89,7 @@ class TrainingEngine:
     def fresh(self, access: Access, lease: Take) -> Batches:
         """The leases of a forward, on experts that have had all updates: those that wait are made on the way."""
         self.check()
-        if self.owes:
-            raise ConfigError(
-                "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
-                "before the first forward"
-            )
+        self._check_books()
         if access.part is Part.BACKWARD and access.layer in self._begun:  # a forward again, while it updates
             return lease(access, None)
         if self.weights.device is not None:  # forward's leases are there; updates are made in host memory
@@ -359,6 +355,7 @@ class TrainingEngine:
 
     def settled(self) -> ExpertStore:
         """The store of the weights, with every expert in it as it is by now, none of which owes a step."""
+        self._check_books()
         self.catch_up_all()
         self.weights.flush()
         return self.weights.store
@@ -374,6 +371,13 @@ class TrainingEngine:
     def _kept(self) -> list[ExpertCache]:
         state = None if self.applied is None else self.applied.state
         return [self.weights] if state is None else [self.weights, state]
+
+    def _check_books(self) -> None:
+        if self.owes:
+            raise ConfigError(
+                "experts of this run owe steps that only its optimizer can make; make it (moetier.AdamW(model, …)) "
+                "before the first forward or export"
+            )
 
     def check(self) -> None:
         """Raise `MoetierError` where nothing more can be done with the experts in memory."""

@@ -92,7 +92,7 @@ class TieredOptimizer(torch.optim.Optimizer):
         is raised where experts cannot be read or written; the last checkpoint stays as it is.
         """
         self._session.check_step()
-        self._engine.check()
+        self._engine.settle()  # of layers that no forward has visited: what the disk refuses is refused before anything
         loss = None
         if closure is not None:
             with torch.enable_grad():
