@@ -49,13 +49,7 @@ class LazyUpdates:
     the updates that wait go on waiting.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        weights: ExpertCache,
-        gradients: Gradients,
-        whole: Callable[[], AbstractContextManager[None]],
-    ):
+    def __init__(self, ledger: Ledger, weights: ExpertCache, gradients: Gradients, whole: Around):
         self.applied: Applied | None = None
         self._ledger, self._weights, self._gradients, self._whole = ledger, weights, gradients, whole
         self._due: dict[int, Due] = {}
