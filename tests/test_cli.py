@@ -93,9 +93,9 @@ OPTIONS = {
         "--accumulation --aux-loss --batch-size --cache-prior --commit-every --config --device --device-memory "
         "--dtype --epochs --eval-every --eval-texts --export --from-scratch --gradient-checkpointing --gradient-slots "
         "--help --host-memory --idle --io --json --keep --keep-top --log-every --lr --max-grad-norm --max-mass "
-        "--max-rank --no-prefetch --optim --out --policy --prefetch --quiet --readers --resume --revision --schedule "
-        "--seed --sequence-length --slots --state-slots --steps --store --tensorboard --threads --tokenizer "
-        "--trust-remote-code --verbose --warmup --weight-decay --writeback -h -q [MODEL] [TEXTS]"
+        "--max-rank --no-prefetch --optim --out --policy --prefetch --quiet --readers --resume --resume-from "
+        "--revision --schedule --seed --sequence-length --slots --state-slots --steps --store --tensorboard --threads "
+        "--tokenizer --trust-remote-code --verbose --warmup --weight-decay --writeback -h -q [MODEL] [TEXTS]"
     ),
     "train synthetic": (
         "--batch-size --commit-every --device-slots --dtype --envs-per-batch --episode-len --expert-width --help "
