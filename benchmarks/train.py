@@ -37,7 +37,13 @@ from train_tasks import SCRIPT, Arm
 MODEL = Shape(512, 4, 32, 4, 1024, 8, 2, 64, vocab=2048)
 TINY = Shape(64, 2, 8, 2, 64, 2, 1, 32, vocab=64, topics=4)
 ARMS = ("moetier-25", "moetier-50", "moetier-100")
-OTHER_ARMS = ("reference", "moetier-25-backward", "moetier-25-periodic", "moetier-25-writethrough")
+OTHER_ARMS = (
+    "reference",
+    "moetier-25-backward",
+    "moetier-25-periodic",
+    "moetier-25-writethrough",
+    "moetier-25-recompute",
+)
 SETTINGS = ("tokens", "rows", "warm_up", "steps", "lr", "threads", "seed", "memory_limit", "smoke")
 
 

@@ -87,6 +87,7 @@ def title(arm: str) -> str:
     if parsed.share is None:
         return {"memory": "in memory", "reference": "in memory, moetier's arithmetic"}[arm]
     way = "updates in backward" if parsed.update == "backward" else parsed.writeback
+    way = "nothing kept for backward" if parsed.recompute else way
     return f"moetier, {parsed.share} % of the slots" + ("" if way == "evict" else f", {way}")
 
 

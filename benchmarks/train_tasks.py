@@ -2,8 +2,8 @@
 
 A child gets a specification as JSON, does the task that it names, and writes what it found as JSON. Knows nothing about
 other children, memory limits or reports. An arm is `memory` (plain transformers and `torch.optim.AdamW`), `reference`
-(the same with moetier's arithmetic) or `moetier-SHARE[-WAY]`: a share of the slots, and a write-back policy or
-`backward`, the time of updates.
+(the same with moetier's arithmetic) or `moetier-SHARE[-WAY]`: a share of the slots, and a write-back policy,
+`backward`, the time of updates, or `recompute`, which keeps no activations of experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from common import Shape
 Spec = dict[str, Any]
 
 SCRIPT = Path(__file__).resolve()  # what `common.run_child` runs
-WAYS = ("evict", "periodic", "writethrough", "backward")
+WAYS = ("evict", "periodic", "writethrough", "backward", "recompute")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Arm:
     share: int | None = None
     writeback: str = "evict"
     update: str = "step"
+    recompute: bool = False
 
     @classmethod
     def of(cls, name: str) -> Arm:
@@ -45,7 +46,9 @@ class Arm:
                 raise ValueError(f"{name}: no arm; memory, reference, or moetier-SHARE[-WAY] with {', '.join(WAYS)}")
             return cls(name)
         share, way = int(found[1]), found[2] or "evict"
-        return cls("moetier", share, "evict", "backward") if way == "backward" else cls("moetier", share, way)
+        if way in ("backward", "recompute"):
+            return cls("moetier", share, "evict", "backward" if way == "backward" else "step", way == "recompute")
+        return cls("moetier", share, way)
 
 
 # -- before the runs ---------------------------------------------------------------------------------------------------
@@ -165,6 +168,7 @@ def load_moetier(spec: Spec, arm: Arm) -> tuple[Any, Any]:
     shutil.rmtree(spec["run"], ignore_errors=True)
     tokens = len(spec["tokens"][0])
     memory = {"host_memory": spec["host_memory"]} if "host_memory" in spec else {"slots": f"{arm.share}%"}
+    memory |= {"activation_memory": "0"} if arm.recompute else {}
     model = moetier.from_pretrained(
         spec["folder"], train=spec["run"], context=tokens, device="cpu", writeback=arm.writeback, **memory
     ).train()

@@ -23,6 +23,7 @@ from moetier.experts import per_expert_parameters
 from moetier.record import RecordLayout, round_up
 from moetier.tiered import TieredExperts
 from moetier.training import reference
+from moetier.training.activations import Activations
 from moetier.training.sink import Add, Batches, Gradients, Take
 
 LAYERS = 2
@@ -173,8 +174,15 @@ class Twins:
     """The same layers of experts, tiered and in memory."""
 
     def __init__(
-        self, kind: Kind, dtype: torch.dtype = torch.float32, slots: int = 2, delay: float = 0.0, seed: int = 0
+        self,
+        kind: Kind,
+        dtype: torch.dtype = torch.float32,
+        slots: int = 2,
+        delay: float = 0.0,
+        seed: int = 0,
+        activations: int = 0,
     ):
+        """`activations` are bytes that forward may keep for backward."""
         self.kind = kind
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -184,6 +192,7 @@ class Twins:
         self.cache = ExpertCache(self.store, core, HostArena(slots, self.store.slot_nbytes), readers=3)
         plan: Any = None
         self.hub = TieredExperts(self.cache, plan, [], None)
+        self.hub.activations = Activations(activations, torch.device("cpu"))
         self.sink = self.hub.sink = DictSink()
         self.tiered = []
         for layer, plain in enumerate(self.plain):

@@ -20,12 +20,13 @@ from moetier.experts import Routing, forward_from_leases, per_expert_parameters
 Make = Callable[..., Twins]
 
 
-@pytest.fixture
-def make() -> Iterator[Make]:
+@pytest.fixture(params=[0, 1 << 20], ids=["recomputed", "kept"])
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
+    """Layers whose forward keeps nothing of an expert for backward, or all up projections."""
     made: list[Twins] = []
 
     def get(*args: Any, **kwargs: Any) -> Twins:
-        made.append(Twins(*args, **kwargs))
+        made.append(Twins(*args, activations=request.param, **kwargs))
         return made[-1]
 
     yield get

@@ -90,12 +90,13 @@ OPTIONS = {
         "--epochs --help --model --output --quiet --seed --threads --trust-remote-code -h -o -q PREDICTOR TRACE"
     ),
     "train lm": (
-        "--accumulation --aux-loss --batch-size --cache-prior --commit-every --config --device --device-memory "
-        "--dtype --epochs --eval-every --eval-texts --export --from-scratch --gradient-checkpointing --gradient-slots "
-        "--help --host-memory --idle --io --json --keep --keep-top --log-every --lr --max-grad-norm --max-mass "
-        "--max-rank --no-prefetch --optim --out --policy --prefetch --quiet --readers --resume --resume-from "
-        "--revision --schedule --seed --sequence-length --slots --state-slots --steps --store --tensorboard --threads "
-        "--tokenizer --trust-remote-code --verbose --warmup --weight-decay --writeback -h -q [MODEL] [TEXTS]"
+        "--accumulation --activation-memory --aux-loss --batch-size --cache-prior --commit-every --config --device "
+        "--device-memory --dtype --epochs --eval-every --eval-texts --export --from-scratch --gradient-checkpointing "
+        "--gradient-slots --help --host-memory --idle --io --json --keep --keep-top --log-every --lr --max-grad-norm "
+        "--max-mass --max-rank --no-prefetch --optim --out --policy --prefetch --quiet --readers --resume "
+        "--resume-from --revision --schedule --seed --sequence-length --slots --state-slots --steps --store "
+        "--tensorboard --threads --tokenizer --trust-remote-code --verbose --warmup --weight-decay --writeback -h -q "
+        "[MODEL] [TEXTS]"
     ),
     "train synthetic": (
         "--batch-size --commit-every --device-slots --dtype --envs-per-batch --episode-len --expert-width --help "

@@ -28,6 +28,7 @@ GRAIN = 32768  # elements from which on torch gives every thread a part of an el
 Fields = dict[str, torch.Tensor]
 # neighbouring experts: which of the access's experts, in ascending order, and its fields
 Run = list[tuple[int, Fields]]
+Keep = Callable[[int, int, torch.dtype], torch.Tensor | None]  # rows, width, dtype → room, or None
 
 if TYPE_CHECKING:
     from moetier.cpu_share import InPlace
@@ -112,17 +113,19 @@ class Routing:
         """[T, H] → [S, H], S = T * K pairs: what each row of an expert computes on."""
         return hidden.expand(self.top_k, -1) if self.unsorted else hidden[self.order // self.top_k]
 
-    def by_token(self, results: torch.Tensor) -> torch.Tensor:
-        """[S, ...] of the sorted rows, in the order of `index`."""
+    def by_token(self, results: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """[S, ...] of the sorted rows, in the order of `index`; in `room`, if that is given and of their kind."""
         if self.unsorted:
             return results
         inverse = torch.empty_like(self.order)
         inverse[self.order] = torch.arange(self.order.size(0), device=self.order.device)
-        return results[inverse]
+        if room is None or room.shape != results.shape or room.dtype != results.dtype:
+            return results[inverse]
+        return torch.index_select(results, 0, inverse, out=room)
 
-    def combine(self, hidden: torch.Tensor, results: torch.Tensor) -> torch.Tensor:
-        """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]."""
-        summed = self.by_token(results).view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
+    def combine(self, hidden: torch.Tensor, results: torch.Tensor, room: torch.Tensor | None = None) -> torch.Tensor:
+        """Weighted rows back in token order, summed over the top-k: [T * K, H] → [T, H]; `room` as in `by_token`."""
+        summed = self.by_token(results, room).view(hidden.size(0), self.top_k, hidden.size(-1)).sum(dim=1)
         return summed.to(hidden.dtype)
 
 
@@ -134,12 +137,14 @@ def forward_from_leases(
     crew: Crew | None = None,
     in_place: InPlace | None = None,
     aside: Callable[[], None] | None = None,
+    keep: Keep | None = None,
 ) -> torch.Tensor:
     """The whole experts forward, [T, H] → [T, H], computing each expert when its lease comes.
 
     Every result lands in its sorted rows; what is elementwise runs over neighbouring experts of a batch at once. With a
     `crew`, the experts of a batch are shared among its threads. Leases in place are for `in_place`, which is needed
-    where there may be any. `aside` may be called by this thread while the others compute.
+    where there may be any. `aside` may be called by this thread while the others compute. `keep` is asked for room that
+    outlives this, for the up projections.
     """
     rows = routing.rows(hidden)
     math: _Math | None = None
@@ -151,7 +156,7 @@ def forward_from_leases(
             in_place.compute(batch)
             continue
         if math is None:
-            math = _Math(module, rows, batch[0].fields, routing.tokens)
+            math = _Math(module, rows, batch[0].fields, routing.tokens, keep)
         runs = _runs(batch, routing)
         if crew is not None and len(batch) == 1 and math.can_share(runs[0][0][0], crew):
             math.compute_shared(*runs[0][0], crew, aside)
@@ -168,7 +173,11 @@ def forward_from_leases(
         return torch.zeros_like(hidden)
     if module.has_post_expert_norm:
         down = module.post_expert_norm(down)
-    return routing.combine(hidden, down * routing.weights.unsqueeze(-1))
+    gates = routing.weights.unsqueeze(-1)
+    if torch.result_type(down, gates) != down.dtype:
+        return routing.combine(hidden, down * gates)
+    # in place: a large step's rows are fresh pages otherwise, which cost more than what is done to them
+    return routing.combine(hidden, down.mul_(gates), None if routing.unsorted else rows)
 
 
 def expert_math(module: Any, rows: torch.Tensor, fields: Fields) -> torch.Tensor:
@@ -184,7 +193,9 @@ class _Math:
     All views are made at once: for one row, making views one by one costs as much as a fifth of the products.
     """
 
-    def __init__(self, module: Any, rows: torch.Tensor, fields: Fields, tokens: tuple[int, ...]):
+    def __init__(
+        self, module: Any, rows: torch.Tensor, fields: Fields, tokens: tuple[int, ...], keep: Keep | None = None
+    ):
         self.module = module
         self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
         self.up_bias = f"{self.up_name}_bias"
@@ -196,9 +207,13 @@ class _Math:
         self._rows = rows.to(weight.dtype).split_with_sizes(tokens)
         self._downs = self.down.split_with_sizes(tokens)
         self._many = len(rows) * outputs_of(weight, module.is_transposed) * weight.itemsize > AT_ONCE
-        if not self._many:
-            self.up = _buffer(rows, weight, module.is_transposed)
-            self._ups = self.up.split_with_sizes(tokens)
+        width = outputs_of(weight, module.is_transposed)
+        up = None if keep is None else keep(len(rows), width, weight.dtype)
+        if up is None and not self._many:
+            up = _buffer(rows, weight, module.is_transposed)
+        if up is not None:
+            self.up, self._ups = up, up.split_with_sizes(tokens)
+        self._has_room = up is not None
 
     def compute(self, run: Run) -> None:
         """Experts whose rows touch."""
@@ -223,7 +238,7 @@ class _Math:
     def _compute_many(self, number: int, fields: Fields) -> None:
         """One expert of a large step: what is between its products is there for this expert only."""
         transposed, rows = self.module.is_transposed, self._rows[number]
-        up = _buffer(rows, fields[self.up_name], transposed)
+        up = self._ups[number] if self._has_room else _buffer(rows, fields[self.up_name], transposed)
         _linear(rows, fields[self.up_name], fields.get(self.up_bias), transposed, up)
         bias = fields.get("down_proj_bias")
         _linear(self._activated(up), fields["down_proj"], bias, transposed, self._downs[number])

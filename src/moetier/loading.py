@@ -53,9 +53,9 @@ def from_pretrained(
         model_class: the transformers class to load with.
         **kwargs: further fields of `moetier.Options` (admission, context, readers, io, split, record_events,
             pin_after, profile, record_profile, store, cpu_experts; and the lossy levers: cache_prior, keep_top,
-            max_rank, max_mass, drop_misses; to train the model: train, train_step, state_slots, gradient_slots, keep,
-            writeback, see docs/training.md), and anything that `from_pretrained` of transformers takes (dtype,
-            attn_implementation, revision, …).
+            max_rank, max_mass, drop_misses; to train the model: train, train_step, state_slots, gradient_slots,
+            activation_memory, keep, writeback, see docs/training.md), and anything that `from_pretrained` of
+            transformers takes (dtype, attn_implementation, revision, …).
 
     Returns:
         The ordinary transformers model, with its tiers reachable as `model.moetier`.

@@ -38,7 +38,9 @@ class Options:
 
     `train` is the folder of a training run: a new one, or one to go on with, from its last checkpoint or from
     `train_step` (docs/training.md). `slots` are then those of weights, on a GPU those in its memory; `state_slots` and
-    `gradient_slots` those of optimizer states and gradients. `keep` checkpoints are kept; `writeback` is a policy of
+    `gradient_slots` those of optimizer states and gradients. `activation_memory` is what the results of up projections
+    may take from forward to backward, which computes the others again; by default a quarter of what the slots could
+    have on a CPU, and what they leave. `keep` checkpoints are kept; `writeback` is a policy of
     `moetier.writeback.WRITEBACKS`: when changed experts are written to the run folder. Left alone, `policy` is "zigzag"
     in training. The levers that choose again (`cache_prior` and the next three) then bend routing in training mode.
     """
@@ -68,6 +70,7 @@ class Options:
     train_step: int | None = None
     state_slots: str | int | None = None
     gradient_slots: str | int | None = None
+    activation_memory: str | int | None = None
     keep: int = 2
     writeback: str = "evict"
 
@@ -82,7 +85,7 @@ class Options:
         make_admission(self.admission)
         find("cpu_experts", self.cpu_experts, CPU_EXPERTS)
         check_prefetch(self.prefetch)
-        for name in ("device_memory", "host_memory"):
+        for name in ("device_memory", "host_memory", "activation_memory"):
             value = getattr(self, name)
             if value is not None:
                 parse_size(value, name)
@@ -103,7 +106,7 @@ class Options:
 
     def _check_training(self) -> None:
         if self.train is None:
-            for name in ("train_step", "state_slots", "gradient_slots"):
+            for name in ("train_step", "state_slots", "gradient_slots", "activation_memory"):
                 if getattr(self, name) is not None:
                     raise ConfigError(f"{name}: only with train=RUN_FOLDER")
             return

@@ -30,6 +30,7 @@ from moetier.routing import Lever
 from moetier.split_trial import SplitTrial
 from moetier.threads import Cores, CoreWatch, oversubscribed, reader_cores
 from moetier.timeline import LIMIT, Timeline, recorded
+from moetier.training.activations import Activations, Block
 from moetier.training.adapters import adapted, factors_of
 from moetier.training.autograd import differentiable
 from moetier.training.sink import Sink
@@ -62,6 +63,7 @@ class TieredExperts:
         self.crew: Crew | None = None  # shares small steps on the CPU
         self.training: TrainingSession | None = None  # None: experts are as the checkpoint has them
         self.sink: Sink | None = None  # trains the experts; None: they are frozen
+        self.activations: Activations | None = None  # what forward keeps for backward; None: nothing
         self.tape = Tape()  # forwards whose backward is still to come
         self._one_thread = OneThread()
         self.trial: SplitTrial | None = None  # decides when the crew does it; None: always
@@ -102,8 +104,11 @@ class TieredExperts:
         index: torch.Tensor,
         weights: torch.Tensor,
         part: Part = Part.SERVE,
+        keep: Block | None = None,
     ) -> tuple[torch.Tensor, Access]:
-        """`forward` without a graph, and the access that it was; `part` of a training step."""
+        """`forward` without a graph, and the access that it was; `part` of a training step, whose backward can use
+        what `keep` has room for.
+        """
         routing = Routing(index, weights, self._needs_mass)
         keys, tokens = keys_of(layer, routing)
         self._clock += 1
@@ -117,7 +122,8 @@ class TieredExperts:
         # closed: who handles an error of the math may want to commit, while its traceback holds on to the generator
         with closing(lease(access) if self.sink is None else self.sink.fresh(access, lease)) as leases:
             batches = adapted(leases, adapters) if adapters else leases
-            result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee)
+            room = None if keep is None or in_place is not None else keep.room
+            result = forward_from_leases(module, hidden, routing, batches, crew, in_place, self.cache.foresee, room)
         return result, access
 
     def again(self, access: Access) -> Access:
@@ -210,6 +216,8 @@ class TieredExperts:
             stats["split"] = {"now": self.trial.report(), "changes": self.trial.changes}
         if self.lever is not None:
             stats["levers"] = self.lever.report()
+        if self.activations is not None:
+            stats["activations"] = self.activations.report()
         if self.training is not None and self.training.routing is not None:
             stats["routing"] = self.training.routing.report()
         return stats

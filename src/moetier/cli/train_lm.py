@@ -134,6 +134,10 @@ def language_model(
     gradient_slots: Annotated[
         str | None, _text("The same for gradients. Default: as --slots.", _MEMORY, "N|N%")
     ] = None,
+    activation_memory: Annotated[
+        str | None,
+        _text("Memory for what forward keeps of experts for backward, e.g. 512MiB; 0: compute again.", _MEMORY, "SIZE"),
+    ] = None,
     policy: o.Policy = "zigzag",
     writeback: Annotated[
         str, _text("When changed experts are written: evict, periodic or writethrough.", _MEMORY)
@@ -229,6 +233,7 @@ def language_model(
             "slots": slots,
             "state_slots": state_slots,
             "gradient_slots": gradient_slots,
+            "activation_memory": activation_memory,
             "policy": policy,
             "writeback": writeback,
             "prefetch": "auto" if prefetch else "off",

@@ -72,12 +72,26 @@ def weighted_rows(
 
 def intermediate(module: Any, rows: torch.Tensor, fields: Fields, autocast: Autocast) -> torch.Tensor:
     """Up projection and activation: [n, H] → [n, I]. Differentiable; `autocast` is the state for the activation."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    return activated(module, up_product(module, rows, fields, autocast), autocast)
+
+
+def up_product(module: Any, rows: torch.Tensor, fields: Fields, autocast: Autocast) -> torch.Tensor:
+    """Up projection, with a gate's beside it: [n, H] → [n, I] or [n, 2 I]."""
+    name = up_name(module)
     with autocast.off():
-        up = _product(rows, fields[name], fields.get(f"{name}_bias"), module.is_transposed)
+        return _product(rows, fields[name], fields.get(f"{name}_bias"), module.is_transposed)
+
+
+def activated(module: Any, up: torch.Tensor, autocast: Autocast) -> torch.Tensor:
+    """[n, I] of what `up_product` gives; every family has a gate of its own."""
     with autocast.on():
         h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
         return h
+
+
+def up_name(module: Any) -> str:
+    """The field of the up projection."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:
@@ -124,6 +138,35 @@ def down_gradients(
         of_weight = torch.mm(x.t(), weighted) if is_transposed else torch.mm(weighted.t(), x)
         of_bias = None if bias is None else weighted.sum(dim=0)
     return DownGradients(of_h, of_gates, of_weight, of_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class UpGradients:
+    """Of the up projection; None where nobody asked."""
+
+    rows: torch.Tensor | None  # [n, H]
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def up_gradients(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    is_transposed: bool,
+    gradient: torch.Tensor,
+    needs_rows: bool,
+    needs_fields: bool,
+) -> UpGradients:
+    """Gradients of `x Wᵀ + b` for the `gradient` of its result, by autograd's own products. Autocast must be off."""
+    of_rows = of_weight = of_bias = None
+    if needs_rows:
+        of_rows = torch.mm(gradient, weight.t() if is_transposed else weight).to(rows.dtype)
+    if needs_fields:
+        x = rows.to(weight.dtype)
+        of_weight = torch.mm(x.t(), gradient) if is_transposed else torch.mm(gradient.t(), x)
+        of_bias = None if bias is None else gradient.sum(dim=0)
+    return UpGradients(of_rows, of_weight, of_bias)
 
 
 class _WeightedDown(torch.autograd.Function):

@@ -14,6 +14,7 @@ from moetier.attach import bind, budgets, open_store, workload_of
 from moetier.errors import ConfigError, UnsupportedModelError
 from moetier.mapping import LayerMap
 from moetier.options import Options
+from moetier.plan import parse_size
 from moetier.prefetch_binding import OFF
 from moetier.record import PAGE, RecordLayout, round_up
 from moetier.saving import save_streaming
@@ -22,12 +23,27 @@ from moetier.stores.runfolder import RunFolder
 from moetier.stores.scratch import ScratchStore
 from moetier.stores.shards import Shards
 from moetier.tiered import TieredExperts
+from moetier.training.activations import Activations
 from moetier.training.ahead import StepAhead
 from moetier.training.allocator import give_large_blocks_back
-from moetier.training.budget import RESIDENT_FLOAT, RESIDENT_HALF, Sizes, divide, training_plan
+from moetier.training.budget import (
+    RESIDENT_FLOAT,
+    RESIDENT_HALF,
+    Sizes,
+    activation_share,
+    divide,
+    training_plan,
+    unused_nbytes,
+)
 from moetier.training.caches import small_cache, weights_cache
 from moetier.training.engine import TrainingEngine
-from moetier.training.footprint import beside_device_nbytes, device_workspace_nbytes, training_workspace_nbytes
+from moetier.training.footprint import (
+    beside_device_nbytes,
+    device_workspace_nbytes,
+    training_workspace_nbytes,
+    up_nbytes,
+    whole_layers,
+)
 from moetier.training.gradients import gradient_layout
 from moetier.training.optimizers.adam import AdamW
 from moetier.training.optimizers.fields import HALF
@@ -59,8 +75,15 @@ def attach_training(
         sizes = replace(sizes, host=beside_device_nbytes(options.readers, sizes.weights, sizes.gradients))
         working = device_workspace_nbytes(model, modules, options.context, top_k, sizes.weights)
     workload = replace(workload, workspace_nbytes=working)
-    division = divide(workload, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
-    plan = training_plan(workload, machine, sizes, division)
+    ups, asked = up_nbytes(modules, layouts, options.context, top_k), options.activation_memory
+    share = activation_share(workload, machine, sizes) if asked is None else parse_size(asked, "activation_memory")
+    kept = whole_layers(ups, share)
+    planned = replace(workload, workspace_nbytes=working + kept)
+    division = divide(planned, machine, sizes, options.slots, options.state_slots, options.gradient_slots)
+    plan = training_plan(planned, machine, sizes, division)
+    if asked is None:  # and what the slots leave
+        kept = whole_layers(ups, kept + unused_nbytes(plan))
+        plan = training_plan(replace(workload, workspace_nbytes=working + kept), machine, sizes, division)
     run = open_run(Path(options.train), shards, options, str(getattr(model.config, "_name_or_path", "")))
     opened: list[Any] = [run]
     try:
@@ -87,6 +110,7 @@ def attach_training(
             one.close()
         raise
     tiered = TieredExperts(weights, plan, maps, None)
+    tiered.activations = Activations(kept, device)
     tiered.training, tiered.sink, engine.coming = session, engine, tiered.tape.coming
     if (division.device is not None or division.weights < store.records) and options.prefetch != OFF:
         weights.ahead = StepAhead(weights.core, tuple(counts), tiered.tape.coming)

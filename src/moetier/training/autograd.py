@@ -1,8 +1,8 @@
 """Backward through experts that may have left their slots: what forward used is leased again, and computed again.
 
-The graph keeps hidden states, expert indices and gate weights, and the version of every expert: never a view of a
-slot, which may hold another expert by then. Backward is one more access over the same keys; `layer_backward.py` has its
-math.
+The graph keeps hidden states, expert indices and gate weights, the version of every expert, and where there is room the
+results of the up projections: never a view of a slot, which may hold another expert by then. Backward is one more
+access over the same keys; `layer_backward.py` has its math.
 
 A layer is two nodes. `_Keep` saves tensors and computes nothing; `_Experts` computes and saves nothing. Checkpointing
 that is not reentrant stops its recomputation when everything saved is there again: where the experts come last in a
@@ -137,7 +137,9 @@ class _Experts(torch.autograd.Function):
         tiered = kept.tiered
         # a recomputation is asked for by a backward, and comes in its order
         part = Part.FORWARD if torch._C._current_graph_task_id() == -1 else Part.BACKWARD
-        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights, part)
+        has_norm = kept.module.has_post_expert_norm  # which needs all of an expert again
+        ctx.block = None if tiered.activations is None or has_norm else tiered.activations.block()
+        result, access = tiered.compute(kept.layer, kept.module, hidden, index, weights, part, ctx.block)
         ctx.kept, ctx.use, ctx.changes = kept, tiered.tape.record(access), tiered.sink
         ctx.versions = () if tiered.sink is None else tuple(map(tiered.sink.version, access.keys))
         return result
@@ -167,7 +169,8 @@ class _Experts(torch.autograd.Function):
             return nothing
         kept.tiered.tape.play(ctx.use)
         with torch.autocast(hidden.device.type, enabled=False):
-            layer = LayerBackward(kept.module, kept.autocast, hidden, Routing(index, weights), gradient, needs)
+            routing, up = Routing(index, weights), None if ctx.block is None else ctx.block.up
+            layer = LayerBackward(kept.module, kept.autocast, hidden, routing, gradient, needs, up)
             access = kept.tiered.again(ctx.use.access)
             collect = nullcontext() if kept.sink is None or not needs.experts else kept.sink.collect(access)
             # one by one above a tier of updates: those during backward come when the device's lease has ended
@@ -177,6 +180,8 @@ class _Experts(torch.autograd.Function):
                 for batch in adapted(leases, adapters) if adapters else leases:
                     for lease in batch:
                         layer.run(lease, add if of_factors is None else of_factors.add)
+            if ctx.block is not None:
+                ctx.block.free()  # a second backward through a retained graph computes again
             found = [None] * len(factors) if of_factors is None else of_factors.results()
             return None, None, *layer.results(kept.norm), *found
 

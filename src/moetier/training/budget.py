@@ -15,6 +15,7 @@ from moetier.plan import Machine, Plan, Workload, format_size, make_plan, parse_
 # beside a resident weight: its gradient and two moments; of half-precision ones the moments are fp32, and a master
 RESIDENT_FLOAT, RESIDENT_HALF = 3.0, 7.0
 LEAST = 1  # slots of each kind
+ACTIVATIONS = 4  # on a CPU, a part of the slots' room: there it saves more than slots do (docs/LOG.md, 2026-11-22)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,3 +125,18 @@ def training_plan(workload: Workload, machine: Machine, sizes: Sizes, division: 
     given = Machine(planned.workspace_nbytes + slots, machine.device_nbytes)  # just the host slots that there are
     host = sizes.host + slots + division.state_nbytes + division.gradients * sizes.gradients
     return replace(make_plan(planned, given, division.device), machine=machine, host_total_nbytes=host)
+
+
+def activation_share(workload: Workload, machine: Machine, sizes: Sizes) -> int:
+    """Bytes that activations take from the slots by default: none on a GPU, whose math is cheap."""
+    if machine.device_nbytes is not None:
+        return 0
+    least = fixed_nbytes(workload, sizes) + LEAST * (sizes.weights + sizes.state + sizes.gradients)
+    return max(0, machine.host_nbytes - least) // ACTIVATIONS
+
+
+def unused_nbytes(plan: Plan) -> int:
+    """What a plan leaves of the memory in which the model computes."""
+    if plan.machine.device_nbytes is None:
+        return plan.machine.host_nbytes - plan.host_total_nbytes
+    return plan.machine.device_nbytes - plan.device_total_nbytes

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 
+from moetier.record import PAGE, RecordLayout, round_up
 from moetier.sizing import BASE_WORKSPACE, READER_NBYTES
+from moetier.training.arithmetic import up_name
 from moetier.training.outbound import DEPTH, outbound_nbytes
 
 SHORT, LONG = 16, 48  # tokens of the two forwards
@@ -47,6 +50,25 @@ def device_workspace_nbytes(
 ) -> int:
     """Working memory of a training step on a GPU: activations, and gradients until they are copied to the host."""
     return BASE_WORKSPACE + (DEPTH + 1) * slot_nbytes + activations_nbytes(model, modules, context, top_k)
+
+
+def up_nbytes(modules: list[tuple[str, Any]], layouts: list[RecordLayout], context: int, top_k: int) -> list[int]:
+    """Bytes of what every layer's up projections give for `context` tokens: as much as keeping them saves computing.
+
+    0 where backward needs all of an expert again, because of a norm behind it.
+    """
+    found = []
+    for (_, module), layout in zip(modules, layouts, strict=True):
+        field = next(field for field in layout.fields if field.name == up_name(module))
+        outputs = field.shape[1 if module.is_transposed else 0]
+        nbytes = 0 if module.has_post_expert_norm else context * top_k * outputs * field.dtype.itemsize
+        found.append(round_up(nbytes, PAGE))
+    return found
+
+
+def whole_layers(layers: list[int], nbytes: int) -> int:
+    """The bytes of as many of the first layers as fit."""
+    return max(total for total in accumulate(layers, initial=0) if total <= max(0, nbytes))
 
 
 def activations_nbytes(model: Any, modules: list[tuple[str, Any]], context: int, top_k: int) -> int:

@@ -1,4 +1,6 @@
-"""The math of one layer's backward: each expert recomputed and differentiated when its lease comes, in any order.
+"""The math of one layer's backward: each expert differentiated when its lease comes, in any order.
+
+What forward kept of an expert is not computed again; without it, the up projection is.
 
 Every result has its own place, so that nothing depends on that order: the gradients of a token's rows add up in the
 order of its top-k, those of a norm behind the experts from the last expert to the first. Knows nothing of autograd's
@@ -15,7 +17,16 @@ import torch
 
 from moetier.experts import Routing, per_expert_parameters
 from moetier.lease import Lease
-from moetier.training.arithmetic import Autocast, Fields, down_gradients, intermediate, weighted_rows
+from moetier.training.arithmetic import (
+    Autocast,
+    Fields,
+    activated,
+    down_gradients,
+    up_gradients,
+    up_name,
+    up_product,
+    weighted_rows,
+)
 from moetier.training.sink import Add, Gradients
 
 
@@ -32,7 +43,8 @@ class Needs:
 class LayerBackward:
     """For hidden states [T, H], their routing and the `gradient` [T, H] of the layer's result.
 
-    `autocast` is the state in which forward ran; the caller switches it off around this.
+    `autocast` is the state in which forward ran; the caller switches it off around this. `up` is what forward kept of
+    the up projections, for all sorted rows; None if it kept nothing.
     """
 
     def __init__(
@@ -43,9 +55,10 @@ class LayerBackward:
         routing: Routing,
         gradient: torch.Tensor,
         needs: Needs,
+        up: torch.Tensor | None = None,
     ):
         self.module, self.autocast, self.routing, self.gradient = module, autocast, routing, gradient
-        self.needs = needs
+        self.needs, self._up = needs, up
         self._token = routing.order // routing.top_k  # of every sorted row
         # the rows of every expert, [S, H]: read by its recomputation, then overwritten with their gradient
         self._rows = hidden[self._token]
@@ -63,8 +76,8 @@ class LayerBackward:
         if lease.in_place:  # the CPU may have had it in forward; here the device computes everything
             fields = {name: field.to(self._rows.device) for name, field in fields.items()}
         # not detach(): its check for changes is of the whole arena, and other slots are filled meanwhile
-        fields = {name: field.data.requires_grad_(trained) for name, field in fields.items()}
-        rows = self._rows[part].detach().requires_grad_(self.needs.hidden)
+        fields = {name: field.data for name, field in fields.items()}
+        rows = self._rows[part]
         way = self._through_norm if self.module.has_post_expert_norm else self._through_down
         found = way(number, rows, fields, part, trained)
         if self.needs.hidden:
@@ -90,23 +103,32 @@ class LayerBackward:
     def _through_down(self, number: int, rows: torch.Tensor, fields: Fields, part: slice, trained: bool) -> Gradients:
         """Without a norm: the results of the down projection are not needed."""
         module = self.module
-        wanted = {"rows": rows} if self.needs.hidden else {}
-        wanted |= {name: fields[name] for name in self._names if trained and not name.startswith("down_proj")}
-        with torch.set_grad_enabled(bool(wanted)):
-            h = intermediate(module, rows, fields, self.autocast)
+        name, turned = up_name(module), module.is_transposed
+        further = self.needs.hidden or trained  # than the gate weights
+        if self._up is None:
+            with torch.no_grad():
+                up = up_product(module, rows, fields, self.autocast)
+        else:
+            up = self._up[part]
+        with torch.set_grad_enabled(further):
+            up = up.detach().requires_grad_(further)
+            h = activated(module, up, self.autocast)
         weight, bias, gates = fields["down_proj"], fields.get("down_proj_bias"), self.routing.weights[part]
         gradient = self._gradient(part, torch.promote_types(weight.dtype, gates.dtype))
-        of = down_gradients(
-            h, weight, bias, gates, module.is_transposed, gradient, bool(wanted), self.needs.weights, trained
-        )
-        if of.gates is not None:
-            self._of_gates[part] = of.gates
-        found = dict(zip(wanted, torch.autograd.grad(h, list(wanted.values()), of.h), strict=True)) if wanted else {}
-        of_down = {"down_proj": of.weight, "down_proj_bias": of.bias}
-        return found | {name: value for name, value in of_down.items() if value is not None}
+        down = down_gradients(h.detach(), weight, bias, gates, turned, gradient, further, self.needs.weights, trained)
+        if down.gates is not None:
+            self._of_gates[part] = down.gates
+        found = {"down_proj": down.weight, "down_proj_bias": down.bias}
+        if further:
+            (of_up,) = torch.autograd.grad(h, up, down.h)
+            of = up_gradients(rows, fields[name], fields.get(f"{name}_bias"), turned, of_up, self.needs.hidden, trained)
+            found |= {"rows": of.rows, name: of.weight, f"{name}_bias": of.bias}
+        return {name: value for name, value in found.items() if value is not None}
 
     def _through_norm(self, number: int, rows: torch.Tensor, fields: Fields, part: slice, trained: bool) -> Gradients:
         """With a norm behind the expert: all of it is computed again."""
+        rows = rows.detach().requires_grad_(self.needs.hidden)
+        fields = {name: field.requires_grad_(trained) for name, field in fields.items()}
         gates = self.routing.weights[part].detach().requires_grad_(self.needs.weights)
         norm = {name: parameter.detach().requires_grad_() for name, parameter in self.needs.norm.items()}
         with torch.enable_grad():
