@@ -7,8 +7,8 @@
 A run is a fresh process that makes some steps of 4,096 tokens with AdamW, and then a commit. A part is a pair of runs,
 in memory and an arm, one behind the other, which first alternating; what counts is the ratio within a pair. Right
 before and after an arm the disk's own speed is measured, with plain direct reads and writes at once. This file has the
-command line and the sequence; `train_tasks.py` runs the arms, `train_disk.py` the disk, `train_report.py` writes the
-tables.
+command line and the sequence; `train_tasks.py` runs the arms (`train_deepspeed.py` the one that is DeepSpeed's),
+`train_disk.py` the disk, `train_report.py` writes the tables.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import train_deepspeed
 from common import MIB, MemoryGroup, Shape, tidy_end
 from decode import failure
 from report import ROOT, Pieces, say, size
@@ -43,6 +44,7 @@ OTHER_ARMS = (
     "moetier-25-periodic",
     "moetier-25-writethrough",
     "moetier-25-recompute",
+    train_deepspeed.NAME,
 )
 SETTINGS = ("tokens", "rows", "warm_up", "steps", "lr", "threads", "seed", "memory_limit", "smoke")
 
@@ -86,6 +88,8 @@ class Benchmark:
     def main(self) -> None:
         """All pairs that are missing, in order."""
         args = self.args
+        if train_deepspeed.NAME in args.arms:
+            self.deepspeed()
         for dtype in args.dtypes:
             self.task("make", dtype)
         if "base" not in self.found:
@@ -102,6 +106,15 @@ class Benchmark:
             self.pieces.write(self.found)
         print(tables(self.found))
 
+    def deepspeed(self) -> None:
+        """Its operators, compiled, and its version, the same in all pieces."""
+        train_deepspeed.check()
+        say("DeepSpeed's operators are compiled unless they are there")
+        here = self.task("build", "float32")["version"]
+        before = self.found.setdefault("deepspeed", here)
+        if before != here:
+            raise SystemExit(f"DeepSpeed was {before}, here it is {here}: pieces must be measured alike")
+
     def pair(self, dtype: str, arm: str, swapped: bool) -> dict[str, Any]:
         """In memory, and an arm."""
         names = [arm, "memory"] if swapped else ["memory", arm]
@@ -114,9 +127,9 @@ class Benchmark:
     def run(self, dtype: str, arm: str) -> dict[str, Any]:
         """One run, with an empty page cache, between two looks at the disk if it uses it."""
         spec = self.spec(dtype) | {"task": "train", "arm": arm}
-        tiered = Arm.of(arm).kind == "moetier"
+        on_disk = Arm.of(arm).on_disk
         dropped = not self.args.smoke and common.drop_page_cache()
-        before = [self.bandwidth()] if tiered else []
+        before = [self.bandwidth()] if on_disk else []
         with self.group() as group:
             result, ended = common.run_child(SCRIPT, spec, self.work, group)
             stats = None if group is None else group.stats()

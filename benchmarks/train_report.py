@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import train_deepspeed
 from report import DOCS, Mark, gbs, machine_line, marks_table, size, table, update_section
 from train_tasks import Arm
 
@@ -14,6 +16,11 @@ Pair = dict[str, Any]
 Run = dict[str, Any]
 
 BOUND, PLAN = 1.3, 0.05  # goals: step time against its bound, peak memory against the plan
+WHOLE_TITLES = {
+    "memory": "in memory",
+    "reference": "in memory, moetier's arithmetic",
+    train_deepspeed.NAME: "DeepSpeed, optimizer on the disk",
+}
 NAMES = {"float32": "fp32", "bfloat16": "bf16, fp32 masters"}
 
 
@@ -85,7 +92,7 @@ def title(arm: str) -> str:
     """An arm for people."""
     parsed = Arm.of(arm)
     if parsed.share is None:
-        return {"memory": "in memory", "reference": "in memory, moetier's arithmetic"}[arm]
+        return WHOLE_TITLES[arm]
     way = "updates in backward" if parsed.update == "backward" else parsed.writeback
     way = "nothing kept for backward" if parsed.recompute else way
     return f"moetier, {parsed.share} % of the slots" + ("" if way == "evict" else f", {way}")
@@ -126,15 +133,18 @@ def bytes_table(found: dict[str, Any]) -> str:
     """What is read and written a step, and by whom."""
     rows = []
     for (dtype, arm), pairs in pairs_of(found).items():
-        runs = [pair["run"] for pair in pairs if "moved" in pair["run"]["steps"][0]]
-        if not runs:
+        if not Arm.of(arm).on_disk:
             continue
+        runs = [pair["run"] for pair in pairs]
 
         def middle(value: Any, runs: list[Run] = runs) -> float:
             return statistics.median(value(run) for run in runs)
 
         row = [f"{NAMES[dtype]}, {title(arm)}"]
         row += [f"**{middle(lambda run, n=name: mean(found, run, n)) / 1e9:.2f}**" for name in ("read", "written")]
+        if Arm.of(arm).kind != "moetier":  # which has no such counters
+            rows.append([*row, *[""] * 7, gbs([speed for run in runs for speed in run["bandwidth"]])])
+            continue
         for name in ("weights", "state", "gradients"):
             read, written = (
                 middle(lambda run, n=f"{name}, {link}": moved(found, run, n)) / 1e9
@@ -172,22 +182,35 @@ def memory_table(found: dict[str, Any]) -> str:
     return table(["arm", "peak resident", "plan + interpreter", "peak against it"], rows)
 
 
+def losses(run: Run) -> tuple[float, ...]:
+    """Of all steps."""
+    return tuple(step["loss"] for step in run["steps"])
+
+
+def apart(some: Iterable[Sequence[float]], others: Iterable[Sequence[float]]) -> float:
+    """The largest difference of two steps' losses, relative."""
+    pairs = ((a, b) for mine, theirs in itertools.product(some, others) for a, b in zip(mine, theirs, strict=True))
+    return max(abs(a - b) / b for a, b in pairs)
+
+
 def losses_line(found: dict[str, Any]) -> str:
     """Whether the arms computed the same thing."""
     lines = []
     for dtype in dict.fromkeys(pair["dtype"] for pair in found["pairs"]):
         pairs = [pair for (kind, _), some in pairs_of(found).items() if kind == dtype for pair in some]
-        tiered = {tuple(step["loss"] for step in p["run"]["steps"]) for p in pairs if Arm.of(p["arm"]).share}
-        plain = [[step["loss"] for step in pair["memory"]["steps"]] for pair in pairs]
-        if not tiered:
-            continue
-        off = max(abs(a - b) / b for mine in tiered for theirs in plain for a, b in zip(mine, theirs, strict=True))
-        same = "the same losses in all runs, bit for bit" if len(tiered) == 1 else "**different losses**"
-        first = next(iter(tiered))
-        lines.append(
-            f"{NAMES[dtype]}: moetier's arms had {same} ({first[0]:.4f} → {first[-1]:.4f}); they are within {off:.1e} "
-            "of those in memory."
-        )
+        plain = [losses(pair["memory"]) for pair in pairs]
+        tiered = {losses(pair["run"]) for pair in pairs if Arm.of(pair["arm"]).share}
+        if tiered:
+            same = "the same losses in all runs, bit for bit" if len(tiered) == 1 else "**different losses**"
+            first = next(iter(tiered))
+            lines.append(
+                f"{NAMES[dtype]}: moetier's arms had {same} ({first[0]:.4f} → {first[-1]:.4f}); they are within "
+                f"{apart(tiered, plain):.1e} of those in memory."
+            )
+        peer = {losses(pair["run"]) for pair in pairs if pair["arm"] == train_deepspeed.NAME}
+        if peer:
+            name = f"{NAMES[dtype]}: the losses of DeepSpeed {found['deepspeed']}"
+            lines.append(f"{name} are within {apart(peer, plain):.1e} of those in memory.")
     return " ".join(lines)
 
 

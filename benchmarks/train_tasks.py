@@ -2,8 +2,8 @@
 
 A child gets a specification as JSON, does the task that it names, and writes what it found as JSON. Knows nothing about
 other children, memory limits or reports. An arm is `memory` (plain transformers and `torch.optim.AdamW`), `reference`
-(the same with moetier's arithmetic) or `moetier-SHARE[-WAY]`: a share of the slots, and a write-back policy,
-`backward`, the time of updates, or `recompute`, which keeps no activations of experts.
+(the same with moetier's arithmetic), `deepspeed-nvme` (`train_deepspeed.py`) or `moetier-SHARE[-WAY]`: a share of the
+slots, and a write-back policy, `backward`, the time of updates, or `recompute`, which keeps no activations of experts.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import common
+import train_deepspeed
 from common import Shape
 
 Spec = dict[str, Any]
 
 SCRIPT = Path(__file__).resolve()  # what `common.run_child` runs
+WHOLE = ("memory", "reference", train_deepspeed.NAME)
 WAYS = ("evict", "periodic", "writethrough", "backward", "recompute")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`share` of the slots in percent; None for a model in memory."""
+    """`share` of the slots in percent; None where there are none."""
 
     kind: str
     share: int | None = None
@@ -42,13 +44,19 @@ class Arm:
         """By its name. Raises `ValueError`."""
         found = re.fullmatch(rf"moetier-(\d+)(?:-({'|'.join(WAYS)}))?", name)
         if found is None:
-            if name not in ("memory", "reference"):
-                raise ValueError(f"{name}: no arm; memory, reference, or moetier-SHARE[-WAY] with {', '.join(WAYS)}")
+            if name not in WHOLE:
+                known = ", ".join(WHOLE)
+                raise ValueError(f"{name}: no arm; {known}, or moetier-SHARE[-WAY] with {', '.join(WAYS)}")
             return cls(name)
         share, way = int(found[1]), found[2] or "evict"
         if way in ("backward", "recompute"):
             return cls("moetier", share, "evict", "backward" if way == "backward" else "step", way == "recompute")
         return cls("moetier", share, way)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether its steps read and write."""
+        return self.kind in ("moetier", train_deepspeed.NAME)
 
 
 # -- before the runs ---------------------------------------------------------------------------------------------------
@@ -97,12 +105,17 @@ def task_base(spec: Spec) -> dict[str, Any]:
 
 
 def task_train(spec: Spec) -> dict[str, Any]:
-    """One run of one arm: some steps, then a commit."""
+    """One run of one arm: some steps, then moetier's commit."""
     import torch
 
     arm = Arm.of(spec["arm"])
     begin = time.perf_counter()
-    model, optimizer = load_moetier(spec, arm) if arm.kind == "moetier" else load_memory(spec)
+    if arm.kind == "moetier":
+        model, optimizer = load_moetier(spec, arm)
+    elif arm.kind == train_deepspeed.NAME:
+        model, optimizer = train_deepspeed.load(spec)
+    else:
+        model, optimizer = load_memory(spec)
     loaded = common.memory_of()
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "loaded": loaded}
     tiered = getattr(model, "moetier", None)
@@ -115,6 +128,7 @@ def task_train(spec: Spec) -> dict[str, Any]:
         result["commit"] = timed(tiered.commit)
         result["memory_after_commit"] = common.memory_of()
         tiered.close()
+    if arm.on_disk:
         shutil.rmtree(spec["run"])
     return result
 
@@ -273,7 +287,12 @@ class Records:
         return {"record_nbytes": records, "slot_nbytes": slots}
 
 
-TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {"make": task_make, "base": task_base, "train": task_train}
+TASKS: dict[str, Callable[[Spec], dict[str, Any]]] = {
+    "make": task_make,
+    "base": task_base,
+    "build": train_deepspeed.task_build,
+    "train": task_train,
+}
 
 
 def child(text: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ import prefetch
 import report
 import tasks
 import train
+import train_deepspeed
 import train_disk
 import train_limit
 import train_report
@@ -342,6 +346,70 @@ def test_train(
         assert 0.5 < train_report.amplification(found, runs[arm]) < 2
     text = capsys.readouterr().out
     assert "the same losses in all runs, bit for bit" in text and "bf16, fp32 masters" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.timeout(3600)  # its operators are compiled on first use
+def test_deepspeed_trains_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In processes of its own: it changes torch and transformers."""
+    monkeypatch.setattr(train_disk.MixedDisk, "bandwidth", lambda self, nbytes: 1e9)
+    # the experts of 1 MiB and more, so that they go to files; norms of 64 numbers before them, see docs/benchmarks.md
+    monkeypatch.setattr(train, "TINY", common.Shape(128, 2, 16, 3, 256, 2, 1, 64, vocab=64, topics=4))
+    out = tmp_path / "train.json"
+    arguments = ["--smoke", "--memory-limit", "none", "--work", str(tmp_path), "--json", str(out)]
+    run_main(train, monkeypatch, *arguments, "--arms", "deepspeed-nvme")
+    pair = json.loads(out.read_text())["pairs"][0]
+    assert "failed" not in pair["run"], pair["run"]
+    assert pair["run"]["steps"][-1]["written"] > 0
+    assert train_report.apart(*([train_report.losses(pair[name])] for name in ("run", "memory"))) < 1e-6
+    assert "DeepSpeed, optimizer on the disk" in capsys.readouterr().out
+
+
+def test_a_missing_deepspeed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(SystemExit, match="DeepSpeed is not installed: pip install deepspeed"):
+        run_main(train, monkeypatch, "--smoke", "--work", str(tmp_path), "--arms", "deepspeed-nvme")
+
+
+def test_an_operator_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = types.ModuleType("deepspeed.accelerator")
+    accelerator.get_accelerator = Mock(side_effect=RuntimeError("no compiler"))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    monkeypatch.setitem(sys.modules, "deepspeed.accelerator", accelerator)
+    monkeypatch.setenv("DS_ACCELERATOR", "")  # which the task sets
+    with pytest.raises(SystemExit, match=r"no compiler\nerror: .*AsyncIOBuilder cannot be compiled; it needs libaio"):
+        train_deepspeed.task_build({})
+
+
+def test_deepspeed_joins_the_results_there_are(
+    trains: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the loop in memory in its place: it has no plan and no counters, and the marks are moetier's alone."""
+
+    def load(spec: dict[str, Any]) -> tuple[Any, Any]:
+        Path(spec["run"]).mkdir()
+        return train_tasks.load_memory(spec)
+
+    monkeypatch.setattr(train_deepspeed, "check", lambda: None)
+    monkeypatch.setattr(train_deepspeed, "load", load)
+    monkeypatch.setitem(train_tasks.TASKS, "build", lambda spec: {"version": "1"})
+    arguments = ["--smoke", "--memory-limit", "none", "--work", str(tmp_path), "--json", str(tmp_path / "train.json")]
+    arguments += ["--resume", "--arms"]
+    with torch.enable_grad():
+        run_main(train, monkeypatch, *arguments, "moetier-25")
+        run_main(train, monkeypatch, *arguments, "deepspeed-nvme")
+    found = json.loads((tmp_path / "train.json").read_text())
+    assert [pair["arm"] for pair in found["pairs"]] == ["moetier-25", "deepspeed-nvme"] and found["deepspeed"] == "1"
+    assert not any("DeepSpeed" in mark.name for mark in train_report.marks(found))
+    rows = [line for line in train_report.tables(found).splitlines() if "DeepSpeed, optimizer on the disk" in line]
+    assert [len(row.split(" | ")) for row in rows] == [10, 11, 4]  # times, bytes, memory
+    assert "the losses of DeepSpeed 1 are within 0.0e+00 of those in memory" in capsys.readouterr().out
+    monkeypatch.setitem(train_tasks.TASKS, "build", lambda spec: {"version": "2"})
+    with pytest.raises(SystemExit, match="DeepSpeed was 1, here it is 2"):
+        run_main(train, monkeypatch, *arguments, "deepspeed-nvme")
 
 
 def test_marks_of_train() -> None:
