@@ -23,6 +23,7 @@ from device_training import two_tiers
 from moetier.cli import app, train_lm
 from moetier.cli.train_report import scalars
 from moetier.errors import StoreError
+from moetier.stores.runfolder import RunFolder
 from moetier.training import from_scratch
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
@@ -380,6 +381,51 @@ def test_a_run_without_a_checkpoint(model: Path, text: Path, tmp_path: Path) -> 
     (tmp_path / "run/run/steps").mkdir()
     assert "holds a run without a checkpoint yet; begin it with --resume" in said(call(*args, code=2))
     call(*args, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [("--seed", 3, "--seed 0, not 3"), ("--dtype", "bfloat16", "--dtype auto, not bfloat16"), ("", 12, "12")],
+)
+def test_other_random_weights(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, value: object, told: str
+) -> None:
+    """Made anew before the first checkpoint, whatever was there; refused after it."""
+
+    def killed(self: Any) -> Any:
+        raise StoreError("killed")
+
+    run, again, fresh = tmp_path / "run", tmp_path / "again.json", tmp_path / "fresh.json"
+    source, args = shutil.copytree(model, tmp_path / "model"), (text, "--from-scratch", *SMALL, "--steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTraining, "steps", killed)
+        call(source, *args, "--out", run, "-q", code=4)
+    more = (flag, value) if flag else ()
+    if not flag:
+        config = source / "config.json"
+        config.write_text(config.read_text().replace('"moe_intermediate_size": 8', f'"moe_intermediate_size": {value}'))
+        told = "the model's moe_intermediate_size 8, not 12"
+    shown = said(call(source, *args, *more, "--out", run, "--resume", "--json", again))
+    assert f"no checkpoint yet: random weights are made anew; they had {told}" in shown
+    call(source, *args, *more, "--out", tmp_path / "fresh", "--json", fresh, "-q")
+    assert losses(again) == losses(fresh)
+    call(source, *args, *more, "--out", run, "--resume", "-q")  # the same: nothing to say, nothing to do
+    first = call(model, *args, "--out", run, "--resume", code=2).stderr
+    assert f"{run}/initial: the run was begun with" in first and "give the same, or another folder" in first
+
+
+def test_random_weights_of_a_run_that_is_open(model: Path, text: Path, tmp_path: Path) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
+    call(*args)
+    shutil.rmtree(tmp_path / "run/run/steps")
+    (tmp_path / "run/run/steps").mkdir()
+    with RunFolder.open(tmp_path / "run/run"):
+        assert "has it open" in said(call(*args, "--resume", "--seed", 1, code=2))
+    assert (tmp_path / "run/initial/config.json").is_file()
+    (tmp_path / "run/initial").rename(tmp_path / "run/.initial.draft")  # killed while it made them
+    shutil.rmtree(tmp_path / "run/run")
+    (tmp_path / "run/train.toml").unlink()
+    call(*args)
 
 
 def test_schedules() -> None:

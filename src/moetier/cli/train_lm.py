@@ -1,12 +1,6 @@
 """`moetier train MODEL TEXTS`: train a causal language model on text files, experts out of core.
 
-The folder `--out` holds
-
-    train.toml    the command's options: `moetier train --config OUT/train.toml --resume` goes on
-    initial/      with --from-scratch: the checkpoint that training began with
-    run/          the run folder (docs/training.md)
-
-The JSON (`--json`) is what `moetier.cli.train_report.report` says.
+The folder `--out` is that of `train_folder.py`; the JSON (`--json`) is what `moetier.cli.train_report.report` says.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -28,11 +22,12 @@ from rich.console import Console
 
 from moetier.cli import options as o
 from moetier.cli.errors import reported, say
-from moetier.cli.files import check_folder, check_writable, write_text
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
-from moetier.cli.train_report import Teller, report, show
-from moetier.errors import ConfigError, MoetierError, StoreError
+from moetier.cli.train_folder import check_export, check_folders, initial, save
+from moetier.cli.train_report import Teller, board_writer, report, show
+from moetier.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from moetier.loading import CheckedFolder
@@ -249,7 +244,7 @@ def language_model(
         for line in [] if quiet else unused_on_cpu(device, options):
             say("warning", line)
         if isinstance(found, Path):
-            found = checked(initial(found, folder, settings, resume, console, trust_remote_code))
+            found = checked(initial(found, folder, settings, console, trust_remote_code))
         tiering |= {"device": device, "dtype": dtype} | ({"trust_remote_code": True} if trust_remote_code else {})
         begin = time.perf_counter()
         lm = stack.enter_context(loaded(found, console, verbose, **tiering))
@@ -328,29 +323,6 @@ def run(
         training.commit()
 
 
-def check_export(export: str, source: Path, folder: Path) -> None:
-    """Raise `ConfigError` for a folder that the trained model could not be saved to, before it is trained."""
-    check_folder(export, "--export")
-    if Path(export).expanduser().resolve() in (source.resolve(), initial_of(folder).resolve()):
-        raise ConfigError(f"--export {export}: holds the checkpoint that training begins with; give another folder")
-
-
-def save(model: Any, tokenizer: Any, export: str, again: str) -> None:
-    """Make an ordinary checkpoint. Raises `StoreError` that says how to try `again`: what was trained is committed."""
-    folder, what = Path(export).expanduser(), "model"
-    try:
-        model.save_pretrained(folder)
-        what = "tokenizer"
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # Rust's writers of tokenizers raise nothing finer
-        told = str(error) if isinstance(error, MoetierError) else f"{export}: the {what} could not be saved: {error}"
-        if isinstance(error, ConfigError):
-            raise
-        raise StoreError(
-            f"{told}; the run is committed, and can be saved later with: {again} --export {shlex.quote(export)}"
-        ) from error
-
-
 @contextmanager
 def stopped_by(again: str) -> Iterator[list[str]]:
     """SIGINT and SIGTERM put their name into the list that is given; a second one interrupts at once."""
@@ -386,26 +358,6 @@ def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tup
     return (steps, None) if sources[0] == "COMMANDLINE" else (None, epochs)
 
 
-def check_folders(folder: Path, resume: bool) -> None:
-    """Raise `ConfigError` for a run that is to begin where something is, or to go on where nothing is."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--out {folder}: is a file; give a folder")
-        there = folder.is_dir() and any(folder.iterdir())
-        begun = any((folder / "run" / "steps").glob("step-*"))
-    except OSError as error:
-        raise StoreError(f"--out {folder}: cannot be read: {error.strerror}") from None
-    ours = (folder / "train.toml").is_file() or (folder / "run").is_dir() or (folder / "initial").is_dir()
-    if resume and not ours:
-        raise ConfigError(f"--resume: {folder} holds no run; leave it out to begin one there")
-    if there and not resume:
-        what = "holds other files; give"
-        if ours:
-            what = "holds a run already; go on with --resume, or give"
-            what = what if begun else "holds a run without a checkpoint yet; begin it with --resume, or give"
-        raise ConfigError(f"--out {folder}: {what} another folder")
-
-
 def model_folder(
     model: str, from_scratch: bool, revision: str | None, stack: ExitStack, console: Console
 ) -> CheckedFolder | Path:
@@ -423,42 +375,3 @@ def model_folder(
     if from_scratch:
         return resolve(model, **({"revision": revision} if revision else {}))
     return find(str(path) if path.exists() else model, revision, console)
-
-
-def initial_of(folder: Path) -> Path:
-    """Where a run keeps the checkpoint with random weights that it begins with."""
-    return folder / "initial"
-
-
-def initial(source: Path, folder: Path, settings: Any, resume: bool, console: Console, trust_remote_code: bool) -> Path:
-    """The checkpoint with random weights that the run begins with, made unless it is there."""
-    from moetier.training.from_scratch import config_of, make_checkpoint
-
-    made = initial_of(folder)
-    if not made.is_dir():
-        if resume and (folder / "run").is_dir():
-            raise StoreError(f"{made}: the checkpoint that the run began with is gone, and it needs it")
-        with console.status("making random weights"):
-            make_checkpoint(
-                config_of(source, trust_remote_code), made, settings.seed, settings.dtype, trust_remote_code
-            )
-    return made
-
-
-def board_writer(folder: str | None) -> Callable[[int], Any] | None:
-    """Makes a writer for TensorBoard that begins with a step. Raises `ConfigError` where it is not installed."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("--tensorboard needs the package tensorboard; install moetier[tensorboard]") from None
-
-    def make(step: int) -> Any:
-        try:
-            # what a run that was killed had logged after its last checkpoint is made again, and shown once
-            return SummaryWriter(os.path.expanduser(folder), purge_step=step if step > 1 else None)
-        except OSError as error:
-            raise ConfigError(f"--tensorboard {folder}: cannot be written: {error.strerror or error}") from None
-
-    return make
