@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Moe
 from typer.testing import CliRunner
 
 from device_training import two_tiers
-from moetier.cli import app, train_lm
+from moetier.cli import app, stopping
+from moetier.cli.console import Console
 from moetier.cli.train_report import scalars
 from moetier.errors import StoreError
 from moetier.stores.runfolder import RunFolder
@@ -362,8 +364,8 @@ def test_an_export_that_fails(model: Path, text: Path, tmp_path: Path, monkeypat
 
 def test_a_second_signal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
-    monkeypatch.setattr(train_lm.time, "monotonic", lambda: now)
-    with train_lm.stopped_by("moetier train …") as asked:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with stopping.stopped_by("moetier train …", Console(stderr=True)) as asked:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as `timeout` passes it on
         assert asked == ["SIGINT"]
@@ -372,6 +374,45 @@ def test_a_second_signal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
             signal.raise_signal(signal.SIGINT)
     first, second = capsys.readouterr().err.splitlines()
     assert "the step is finished" in first and second.endswith("from the last checkpoint with: moetier train …")
+
+
+def test_a_log_that_nobody_reads(model: Path, text: Path, tmp_path: Path) -> None:
+    """As in `moetier train … 2>&1 | head -2`: like a signal."""
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 2000, "--log-every", 1, "--out", tmp_path / "run")
+    command = [sys.executable, "-m", "moetier", "train", *map(str, (*args, "--json", tmp_path / "j"))]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert running.stdout is not None
+    while "step 1:" not in (line := running.stdout.readline()):
+        assert line
+    running.stdout.close()
+    assert running.wait(120) == 128 + signal.SIGPIPE
+    found = json.loads((tmp_path / "j").read_text())
+    assert found["stopped"] == "SIGPIPE" and 0 < found["step"] < 2000
+    assert any((tmp_path / "run/run/steps").glob(f"step-{found['step']}.*"))
+
+
+def test_a_log_that_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `moetier train … 2>&1 | tee log` and Ctrl-C, which `tee` hears too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        console = Console(stderr=True)
+        with stopping.stopped_by("moetier train …", console) as asked:
+            signal.raise_signal(signal.SIGTERM)
+            console.print("step 8")
+            assert asked == ["SIGTERM"]
+        console.print("a table")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        console = Console(stderr=True)
+        with pytest.raises(BrokenPipeError):
+            console.print("before the first step there is nothing to commit")
+        with stopping.stopped_by("moetier train …", console) as asked:
+            console.print("step 8")
+            assert asked == ["SIGPIPE"] and console.quiet
 
 
 def test_a_run_without_a_checkpoint(model: Path, text: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from moetier.cli.console import let_go, write_error
 from moetier.errors import CapacityError, ConfigError, MoetierError, StoreError, UnsupportedModelError
 
 EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
@@ -54,7 +54,7 @@ def with_flags(message: str) -> str:
 
 def say(kind: str, message: str) -> None:
     """One line on standard error."""
-    print(f"{kind}: {'; '.join(with_flags(message).splitlines())}", file=sys.stderr, flush=True)
+    write_error(f"{kind}: {'; '.join(with_flags(message).splitlines())}")
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -70,10 +70,10 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             say("error", str(error))
             raise typer.Exit(next((code for kind, code, _ in EXIT_CODES if isinstance(error, kind)), 1)) from None
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
+            write_error("\ninterrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader has seen enough: that is no error, and there is nobody to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            let_go()
             raise typer.Exit(0) from None
 
     return wrapper

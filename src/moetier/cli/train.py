@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from moetier.cli import options as o
 from moetier.cli import train_lm
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import import_libraries
@@ -247,9 +247,9 @@ def synthetic(
 
     with _line(console, steps) as tell:
         report = train(settings, make, tell)
-    show(report, Console(stderr=True, quiet=quiet, highlight=False))
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=2) + "\n", "--json")
+    show(report, Console(stderr=True, quiet=quiet, highlight=False))
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from moetier.cli.console import Console
 from moetier.cli.files import check_folder
 from moetier.errors import ConfigError, MoetierError, StoreError
 

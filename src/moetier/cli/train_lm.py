@@ -10,21 +10,20 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
+from moetier.cli.stopping import stopped_by
 from moetier.cli.train_folder import check_export, check_folders, initial, save
 from moetier.cli.train_report import Teller, board_writer, report, show
 from moetier.errors import ConfigError, StoreError
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 _DATA, _LOOP, _MEMORY = "Texts", "Training", "Experts and memory"
 _MACHINE, _RUN, _OUT = "Model and machine", "Run", "Output"
 DEMO = "demo"
-ECHO = 0.5  # seconds in which a second signal is the first one again: timeout and others pass on what all were sent
 
 
 def _number(help: str, panel: str, least: int = 1, metavar: str = "N") -> Any:
@@ -272,7 +270,7 @@ def language_model(
             stack.callback(board.close)
         teller = Teller(console, training, data, held_out, log_every, board)
         again = f"moetier train --config {shlex.quote(str(folder / 'train.toml'))} --resume"
-        with teller, stopped_by(again) as stop:
+        with teller, stopped_by(again, console) as stop:
             try:
                 run(training, held_out, eval_every, commit_every, teller, stop)
             except StoreError as error:
@@ -321,31 +319,6 @@ def run(
             break
     if training.committed != training.step:
         training.commit()
-
-
-@contextmanager
-def stopped_by(again: str) -> Iterator[list[str]]:
-    """SIGINT and SIGTERM put their name into the list that is given; a second one interrupts at once."""
-    asked: list[str] = []
-    first = 0.0
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if asked and time.monotonic() < first + ECHO:
-            return
-        if asked:
-            say("stopped", f"at once; go on from the last checkpoint with: {again}")
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        first = time.monotonic()
-        say("stopping", "the step is finished and committed first; again to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tuple[int | None, int | None]:

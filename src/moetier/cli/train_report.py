@@ -11,11 +11,11 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moetier import __version__
+from moetier.cli.console import Console
 from moetier.errors import ConfigError
 from moetier.plan import format_size
 from moetier.training.balance import NUMBERS
