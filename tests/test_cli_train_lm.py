@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from typer.testing import CliRunner
 
+import moetier
 from device_training import two_tiers
 from moetier.cli import app, stopping
 from moetier.cli.console import Console
 from moetier.cli.train_report import scalars
-from moetier.errors import StoreError
+from moetier.errors import CheckpointError, StoreError
 from moetier.stores.runfolder import RunFolder
 from moetier.training import from_scratch
 from moetier.training.lm import LanguageModelTraining, Step
@@ -467,6 +468,36 @@ def test_random_weights_of_a_run_that_is_open(model: Path, text: Path, tmp_path:
     shutil.rmtree(tmp_path / "run/run")
     (tmp_path / "run/train.toml").unlink()
     call(*args)
+
+
+def test_a_run_is_no_model(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whoever gives the folder of a run instead of what it exports is told how to export it."""
+    run, saved = tmp_path / "a run", tmp_path / "saved"
+    call(model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", run, "-q")
+    told = set()
+    for command in (
+        ("run", run, "x"),
+        ("run", run / "run", "x"),
+        ("plan", run),
+        ("eval", run, "--text", text / "a.txt"),
+    ):
+        result = CliRunner().invoke(app, [str(part) for part in command])
+        found = re.search(r"a training run, not a model; save its model with moetier train (.*), and", result.stderr)
+        assert found is not None and result.exit_code == 4 and len(result.stderr.splitlines()) == 1, result.output
+        told.add(found[1])
+    with pytest.raises(CheckpointError, match="not a model; save its model"):
+        moetier.from_pretrained(run)
+    (again,) = told
+    call(*shlex.split(again.replace("DIR", str(saved))), "-q")
+    assert CliRunner().invoke(app, ["plan", str(saved)]).exit_code == 0
+    with RunFolder.create(tmp_path / "other", model="path/to/model", fingerprint="1"):
+        pass
+    with pytest.raises(CheckpointError, match=r"from_pretrained\('path/to/model', train='.*other'\)\.save_pretrained"):
+        moetier.from_pretrained(tmp_path / "other")
+    with RunFolder.create(tmp_path / "synthetic", model="synthetic {}", fingerprint="1"):
+        pass
+    with pytest.raises(CheckpointError, match="that of moetier train synthetic, which makes no model"):
+        moetier.from_pretrained(tmp_path / "synthetic")
 
 
 def test_schedules() -> None:
