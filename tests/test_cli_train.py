@@ -64,6 +64,16 @@ def test_tiered(tmp_path: Path) -> None:
     assert f"{folder}: the run was begun with lr 0.1, not 1.0; give the same" in shown
 
 
+@pytest.mark.parametrize("damaged", ["step.json", "resident.safetensors", "weights.bin"])
+def test_a_damaged_run(tmp_path: Path, damaged: str) -> None:
+    folder = tmp_path / "run"
+    call("--steps", 2, "--run", folder, "-q")
+    (path,) = folder.rglob(damaged)
+    path.write_bytes(b"\xff" * (path.stat().st_size if damaged == "weights.bin" else 3))
+    shown = said(call("--steps", 3, "--run", folder, "--resume", code=4))
+    assert "or begin a new run in another folder with --run" in shown and "--resume-from" not in shown, shown
+
+
 @pytest.mark.parametrize(
     ("args", "named"),
     [

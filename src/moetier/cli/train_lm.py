@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import time
@@ -19,7 +20,7 @@ import typer
 
 from moetier.cli import options as o
 from moetier.cli.console import Console
-from moetier.cli.errors import reported, say
+from moetier.cli.errors import reported_with, say
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 _DATA, _LOOP, _MEMORY = "Texts", "Training", "Experts and memory"
 _MACHINE, _RUN, _OUT = "Model and machine", "Run", "Output"
 DEMO = "demo"
+WORDS = (
+    (re.compile(r"^step: "), "--resume-from: "),
+    (re.compile(r"\b(go on from|use) another step\b"), r"\1 another step, with moetier train lm --resume-from"),
+)
 
 
 def _number(help: str, panel: str, least: int = 1, metavar: str = "N") -> Any:
@@ -50,7 +55,7 @@ def _real(help: str, panel: str) -> Any:
     return typer.Option(metavar="X", min=0.0, help=help, rich_help_panel=panel)
 
 
-@reported
+@reported_with(*WORDS)
 def language_model(
     context: typer.Context,
     model: Annotated[
