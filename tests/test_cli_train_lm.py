@@ -161,8 +161,9 @@ def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatc
     assert losses(part) + losses(rest) == losses(whole)
     ends = [json.loads(file.read_text())["evaluations"][-1] for file in (rest, whole)]
     assert ends[0] == ends[1] and ends[0]["step"] == 9
-    assert "steps 9, not 12; with a schedule" in said(call(*again[1].split(), "--steps", 12, code=2))
-    assert "batch_size 2, not 3" in said(call(*again[1].split(), "--batch-size", 3, code=2))
+    assert "--steps 9, not 12; with a schedule" in said(call(*again[1].split(), "--steps", 12, code=2))
+    shown = said(call(*again[1].split(), "--batch-size", 3, "--optim", "hot-cold(hot=adamw,cold=sgd)", code=2))
+    assert "the run was begun with --batch-size 2, not 3, --optim adafactor, not hot-cold(hot=adamw,cold=sgd);" in shown
     other = said(call(model, text / "a.txt", *args[2:], "--out", tmp_path / "run", "--resume", code=2))
     assert "the texts have changed" in other
     shutil.rmtree(tmp_path / "run" / "initial")

@@ -23,6 +23,8 @@ EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
 
 Words = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]  # of the library, and what to say for them
 
+_SETTING = re.compile(r"(?:^|(?<=, ))(?!not\b)(\w+)(?= \S.*?, not )")  # of a list: lr 0.1, not 0.2, batch_size 2, not 3
+
 _FLAGS: tuple[Words, ...] = (  # the library names its arguments, a user of the command line knows flags
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
     (re.compile(r"(?<![\w./-])cpu_experts(?![\w./-])"), "--cpu-experts"),
@@ -38,8 +40,16 @@ _FLAGS: tuple[Words, ...] = (  # the library names its arguments, a user of the 
     (re.compile(r"^(sampler: '|width: )"), r"--\1"),
     (re.compile(r"^(episode_len|envs_per_batch): "), lambda found: f"--{found[1].replace('_', '-')}: "),
     (re.compile(r"^num_experts_per_tok: "), "--top-k: "),
+    (re.compile(r"(?<=trained with )optimizer (?=\S+, not )"), "--optim "),
+    (re.compile(r"(?<=with |.and )idle (?=\w+, not )"), "--idle "),
+    (re.compile(r"(?<=the run was begun with ).*?(?=; )"), lambda found: _SETTING.sub(_flag, found[0])),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
+
+
+def _flag(name: re.Match[str]) -> str:
+    return f"--{name[1].replace('_', '-')}"
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
