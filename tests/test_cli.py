@@ -632,6 +632,17 @@ def test_a_reader_that_goes_away(folder: Path) -> None:
     assert (running.wait(30), errors) == (0, "")
 
 
+def test_a_table_that_nobody_reads(folder: Path) -> None:
+    """As in `moetier plan … | true`: not the exit code of a plan that does not work."""
+    command = [sys.executable, "-c", "from moetier.cli import main; main()", "plan", str(folder)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    for streams in ({"stdout": writer, "stderr": subprocess.PIPE}, {"stdout": writer, "stderr": writer}):
+        done = subprocess.run(command, **streams, timeout=120)
+        assert done.returncode == 0 and not done.stderr
+    os.close(writer)
+
+
 def test_a_mistake_in_a_process(tmp_path: Path) -> None:
     for flags, words in (("--dtype int4", "--dtype int4: choose one of "), ("--context 0", "Invalid value for '--con")):
         result = process("run", tmp_path, PROMPT, *flags.split())

@@ -59,9 +59,23 @@ def test_tiered(tmp_path: Path) -> None:
     assert rest["steps"]["loss"] == whole["steps"]["loss"][8:]
     assert whole["caches"]["weights"]["tiers"][0]["evictions"] == 0
     shown = said(call(*args, "--steps", 20, "--run", folder, "--resume", "--seed", 4, code=2))
-    assert "the run was begun with seed 0, not 4" in shown
+    assert "the run was begun with --seed 0, not 4" in shown
     shown = said(call(*args, "--lr", 1, "--steps", 20, "--run", folder, "--resume", code=2))
-    assert f"{folder}: the run was begun with lr 0.1, not 1.0; give the same" in shown
+    assert f"{folder}: the run was begun with --lr 0.1, not 1.0; give the same" in shown
+    shown = said(call("--host-slots", 6, "--lr", 0.1, "--steps", 20, "--run", folder, "--resume", code=2))
+    assert f"{folder}: the run was trained with --optim sgd, not adamw; give the same, or begin a new run" in shown
+    shown = said(call(*args, "--steps", 20, "--run", folder, "--resume", "--idle", "skip", code=2))
+    assert f"{folder}: the run was trained with --idle dense, not skip; give the same, or begin a new run" in shown
+
+
+@pytest.mark.parametrize("damaged", ["step.json", "resident.safetensors", "weights.bin"])
+def test_a_damaged_run(tmp_path: Path, damaged: str) -> None:
+    folder = tmp_path / "run"
+    call("--steps", 2, "--run", folder, "-q")
+    (path,) = folder.rglob(damaged)
+    path.write_bytes(b"\xff" * (path.stat().st_size if damaged == "weights.bin" else 3))
+    shown = said(call("--steps", 3, "--run", folder, "--resume", code=4))
+    assert "or begin a new run in another folder with --run" in shown and "--resume-from" not in shown, shown
 
 
 @pytest.mark.parametrize(

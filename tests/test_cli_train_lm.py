@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 from typer.testing import CliRunner
 
+import moetier
 from device_training import two_tiers
-from moetier.cli import app, train_lm
+from moetier.cli import app, stopping
+from moetier.cli.console import Console
 from moetier.cli.train_report import scalars
-from moetier.errors import StoreError
+from moetier.errors import CheckpointError, StoreError
+from moetier.stores.runfolder import RunFolder
 from moetier.training import from_scratch
 from moetier.training.lm import LanguageModelTraining, Step
 from moetier.training.lm_settings import Batches, Settings
@@ -157,8 +161,9 @@ def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatc
     assert losses(part) + losses(rest) == losses(whole)
     ends = [json.loads(file.read_text())["evaluations"][-1] for file in (rest, whole)]
     assert ends[0] == ends[1] and ends[0]["step"] == 9
-    assert "steps 9, not 12; with a schedule" in said(call(*again[1].split(), "--steps", 12, code=2))
-    assert "batch_size 2, not 3" in said(call(*again[1].split(), "--batch-size", 3, code=2))
+    assert "--steps 9, not 12; with a schedule" in said(call(*again[1].split(), "--steps", 12, code=2))
+    shown = said(call(*again[1].split(), "--batch-size", 3, "--optim", "hot-cold(hot=adamw,cold=sgd)", code=2))
+    assert "the run was begun with --batch-size 2, not 3, --optim adafactor, not hot-cold(hot=adamw,cold=sgd);" in shown
     other = said(call(model, text / "a.txt", *args[2:], "--out", tmp_path / "run", "--resume", code=2))
     assert "the texts have changed" in other
     shutil.rmtree(tmp_path / "run" / "initial")
@@ -361,8 +366,8 @@ def test_an_export_that_fails(model: Path, text: Path, tmp_path: Path, monkeypat
 
 def test_a_second_signal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
-    monkeypatch.setattr(train_lm.time, "monotonic", lambda: now)
-    with train_lm.stopped_by("moetier train …") as asked:
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    with stopping.stopped_by("moetier train …", Console(stderr=True)) as asked:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # as `timeout` passes it on
         assert asked == ["SIGINT"]
@@ -373,6 +378,45 @@ def test_a_second_signal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "the step is finished" in first and second.endswith("from the last checkpoint with: moetier train …")
 
 
+def test_a_log_that_nobody_reads(model: Path, text: Path, tmp_path: Path) -> None:
+    """As in `moetier train … 2>&1 | head -2`: like a signal."""
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 2000, "--log-every", 1, "--out", tmp_path / "run")
+    command = [sys.executable, "-m", "moetier", "train", *map(str, (*args, "--json", tmp_path / "j"))]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert running.stdout is not None
+    while "step 1:" not in (line := running.stdout.readline()):
+        assert line
+    running.stdout.close()
+    assert running.wait(120) == 128 + signal.SIGPIPE
+    found = json.loads((tmp_path / "j").read_text())
+    assert found["stopped"] == "SIGPIPE" and 0 < found["step"] < 2000
+    assert any((tmp_path / "run/run/steps").glob(f"step-{found['step']}.*"))
+
+
+def test_a_log_that_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `moetier train … 2>&1 | tee log` and Ctrl-C, which `tee` hears too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        console = Console(stderr=True)
+        with stopping.stopped_by("moetier train …", console) as asked:
+            signal.raise_signal(signal.SIGTERM)
+            console.print("step 8")
+            assert asked == ["SIGTERM"]
+        console.print("a table")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        console = Console(stderr=True)
+        with pytest.raises(BrokenPipeError):
+            console.print("before the first step there is nothing to commit")
+        with stopping.stopped_by("moetier train …", console) as asked:
+            console.print("step 8")
+            assert asked == ["SIGPIPE"] and console.quiet
+
+
 def test_a_run_without_a_checkpoint(model: Path, text: Path, tmp_path: Path) -> None:
     args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
     call(*args, "--optim", "sgd", "--lr", 0, "--aux-loss", 0)
@@ -380,6 +424,81 @@ def test_a_run_without_a_checkpoint(model: Path, text: Path, tmp_path: Path) -> 
     (tmp_path / "run/run/steps").mkdir()
     assert "holds a run without a checkpoint yet; begin it with --resume" in said(call(*args, code=2))
     call(*args, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [("--seed", 3, "--seed 0, not 3"), ("--dtype", "bfloat16", "--dtype auto, not bfloat16"), ("", 12, "12")],
+)
+def test_other_random_weights(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, value: object, told: str
+) -> None:
+    """Made anew before the first checkpoint, whatever was there; refused after it."""
+
+    def killed(self: Any) -> Any:
+        raise StoreError("killed")
+
+    run, again, fresh = tmp_path / "run", tmp_path / "again.json", tmp_path / "fresh.json"
+    source, args = shutil.copytree(model, tmp_path / "model"), (text, "--from-scratch", *SMALL, "--steps", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModelTraining, "steps", killed)
+        call(source, *args, "--out", run, "-q", code=4)
+    more = (flag, value) if flag else ()
+    if not flag:
+        config = source / "config.json"
+        config.write_text(config.read_text().replace('"moe_intermediate_size": 8', f'"moe_intermediate_size": {value}'))
+        told = "the model's moe_intermediate_size 8, not 12"
+    shown = said(call(source, *args, *more, "--out", run, "--resume", "--json", again))
+    assert f"no checkpoint yet: random weights are made anew; they had {told}" in shown
+    call(source, *args, *more, "--out", tmp_path / "fresh", "--json", fresh, "-q")
+    assert losses(again) == losses(fresh)
+    call(source, *args, *more, "--out", run, "--resume", "-q")  # the same: nothing to say, nothing to do
+    first = call(model, *args, "--out", run, "--resume", code=2).stderr
+    assert f"{run}/initial: the run was begun with" in first and "give the same, or another folder" in first
+
+
+def test_random_weights_of_a_run_that_is_open(model: Path, text: Path, tmp_path: Path) -> None:
+    args = (model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", tmp_path / "run", "-q")
+    call(*args)
+    shutil.rmtree(tmp_path / "run/run/steps")
+    (tmp_path / "run/run/steps").mkdir()
+    with RunFolder.open(tmp_path / "run/run"):
+        assert "has it open" in said(call(*args, "--resume", "--seed", 1, code=2))
+    assert (tmp_path / "run/initial/config.json").is_file()
+    (tmp_path / "run/initial").rename(tmp_path / "run/.initial.draft")  # killed while it made them
+    shutil.rmtree(tmp_path / "run/run")
+    (tmp_path / "run/train.toml").unlink()
+    call(*args)
+
+
+def test_a_run_is_no_model(model: Path, text: Path, tmp_path: Path) -> None:
+    """Whoever gives the folder of a run instead of what it exports is told how to export it."""
+    run, saved = tmp_path / "a run", tmp_path / "saved"
+    call(model, text, "--from-scratch", *SMALL, "--steps", 1, "--out", run, "-q")
+    told = set()
+    for command in (
+        ("run", run, "x"),
+        ("run", run / "run", "x"),
+        ("plan", run),
+        ("eval", run, "--text", text / "a.txt"),
+    ):
+        result = CliRunner().invoke(app, [str(part) for part in command])
+        found = re.search(r"a training run, not a model; save its model with moetier train (.*), and", result.stderr)
+        assert found is not None and result.exit_code == 4 and len(result.stderr.splitlines()) == 1, result.output
+        told.add(found[1])
+    with pytest.raises(CheckpointError, match="not a model; save its model"):
+        moetier.from_pretrained(run)
+    (again,) = told
+    call(*shlex.split(again.replace("DIR", str(saved))), "-q")
+    assert CliRunner().invoke(app, ["plan", str(saved)]).exit_code == 0
+    with RunFolder.create(tmp_path / "other", model="path/to/model", fingerprint="1"):
+        pass
+    with pytest.raises(CheckpointError, match=r"from_pretrained\('path/to/model', train='.*other'\)\.save_pretrained"):
+        moetier.from_pretrained(tmp_path / "other")
+    with RunFolder.create(tmp_path / "synthetic", model="synthetic {}", fingerprint="1"):
+        pass
+    with pytest.raises(CheckpointError, match="that of moetier train synthetic, which makes no model"):
+        moetier.from_pretrained(tmp_path / "synthetic")
 
 
 def test_schedules() -> None:

@@ -106,6 +106,26 @@ def test_accumulation_clipping_auxiliary_loss_and_checkpointing(
     check_traffic(model)
 
 
+@pytest.mark.parametrize(("slots", "update", "late"), [(2, "step", True), (3, "backward", False), (6, "step", False)])
+def test_routing_that_favours_what_is_on_the_device(
+    slots: int, update: str, late: bool, trained: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the device's slots are for what is favoured, however many the host has: as with one tier of them."""
+    lever = {"max_rank": 6, "keep_top": 0, "slots": slots}
+    one = trained(**lever, stand_in=False)
+    if late:
+        kernels_at_once(monkeypatch, late_device(monkeypatch, slots))
+    found = []
+    for model in (one, trained(**lever), trained(**lever, host_memory=few_host_slots(trained))):
+        losses = loop(model, moetier.AdamW(model, lr=0.01, update=update), range(3))
+        found.append((losses, model.moetier.stats()["routing"]))
+        model.moetier.cache.settle()
+        core = model.moetier.cache.core
+        core.check()
+        assert len(core._pinned) == slots // 2 == found[-1][1]["kept"]
+    assert found[0] == found[1] == found[2] and found[0][1]["changed_tokens"] > 0
+
+
 def test_half_precision_and_other_optimizers_as_with_one_tier(trained: Get) -> None:
     found = []
     for stand_in in (True, False):

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import moetier
-from combinations import covering
+from combinations import ALL, covering
 from families import VOCAB
 from moetier.access import ExpertKey
 from moetier.arenas import HostArena, HostTierArena
@@ -36,6 +36,7 @@ from packs import mapped
 from test_prefetch_engine import always
 
 NAME = "qwen3_moe"  # 3 layers of 8 experts, 3 of them per token
+pytestmark = pytest.mark.timeout(1800 if ALL else 120)  # a test is 192 combinations, where all of them run
 EXPERTS = (8, 8, 8)
 PREFETCH = ("off", "next-gate", "mix")
 

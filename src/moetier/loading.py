@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from moetier.plan import Plan
 from moetier.sizing import kv_nbytes
 from moetier.stores.opening import find_packed, original_shards
 from moetier.stores.packed_index import INDEX, RESIDENT, is_store
+from moetier.stores.runfolder import RunFolder
+from moetier.stores.runsteps import Head
 from moetier.stores.shards import Shards
 
 _HUB_ARGUMENTS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -221,7 +224,8 @@ def check_folder(folder: Path) -> Shards:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing; a model folder needs its config.json") from None
+        training = about_training(folder)
+        raise CheckpointError(training or f"{path}: missing; a model folder needs its config.json") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); download the file again") from error
     if not isinstance(config, dict):
@@ -235,6 +239,25 @@ def check_folder(folder: Path) -> Shards:
     if "auto_map" not in config:
         _check_values(path, config)
     return original_shards(folder) if is_store(folder) else Shards.open(folder)
+
+
+def about_training(folder: Path) -> str:
+    """That a folder is a training run's, and the way to a model from there; empty for any other folder."""
+    out = next((place for place in (folder, folder.absolute().parent) if (place / "train.toml").is_file()), None)
+    run = next((place for place in (folder, folder / "run") if RunFolder.exists(place)), None)
+    if run is None:
+        return ""
+    told = f"{folder}: the folder of a training run, not a model"
+    name = Head.load(run).model
+    if name.startswith("synthetic "):
+        return f"{told}: that of moetier train synthetic, which makes no model; give a model"
+    if out is not None and (out / "run").absolute() == run.absolute():
+        options = shlex.quote(str(out / "train.toml"))
+        return f"{told}; save its model with moetier train --config {options} --resume --export DIR, and give DIR"
+    return (
+        f"{told}; save its model with moetier.from_pretrained({name or 'MODEL'!r}, train={str(run)!r})"
+        ".save_pretrained(DIR), and give DIR"
+    )
 
 
 def _check_values(path: Path, config: dict[str, Any]) -> None:

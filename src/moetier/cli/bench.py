@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.errors import ConfigError
 from moetier.plan import format_size, parse_size

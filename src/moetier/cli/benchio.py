@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from moetier.cli.console import Console
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_writable, write_text
 from moetier.plan import format_size, parse_size

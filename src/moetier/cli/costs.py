@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from moetier.cli.console import Console
 from moetier.cli.loading import loaded
 from moetier.costs import Cost, Costs, Work, makespan, split
 from moetier.plan import Plan, format_size

@@ -8,9 +8,9 @@ from importlib.resources import as_file, files
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise

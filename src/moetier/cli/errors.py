@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from typer.core import TyperGroup
 
+from moetier.cli.console import let_go, write_error
 from moetier.errors import CapacityError, ConfigError, MoetierError, StoreError, UnsupportedModelError
 
 EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
@@ -21,7 +21,11 @@ EXIT_CODES: tuple[tuple[type[MoetierError], int, str], ...] = (
     (UnsupportedModelError, 5, "not an MoE, or a family that is not supported"),
 )
 
-_FLAGS = (  # the library names its arguments, a user of the command line knows flags
+Words = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]  # of the library, and what to say for them
+
+_SETTING = re.compile(r"(?:^|(?<=, ))(?!not\b)(\w+)(?= \S.*?, not )")  # of a list: lr 0.1, not 0.2, batch_size 2, not 3
+
+_FLAGS: tuple[Words, ...] = (  # the library names its arguments, a user of the command line knows flags
     (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
     (re.compile(r"(?<![\w./-])cpu_experts(?![\w./-])"), "--cpu-experts"),
     (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store|split): "), r"--\1: "),
@@ -36,30 +40,44 @@ _FLAGS = (  # the library names its arguments, a user of the command line knows 
     (re.compile(r"^(sampler: '|width: )"), r"--\1"),
     (re.compile(r"^(episode_len|envs_per_batch): "), lambda found: f"--{found[1].replace('_', '-')}: "),
     (re.compile(r"^num_experts_per_tok: "), "--top-k: "),
-    (re.compile(r"^step: "), "--resume-from: "),
-    (re.compile(r"\b(go on from|use) another step\b"), r"\1 another step, with moetier train lm --resume-from"),
+    (re.compile(r"(?<=trained with )optimizer (?=\S+, not )"), "--optim "),
+    (re.compile(r"(?<=with |.and )idle (?=\w+, not )"), "--idle "),
+    (re.compile(r"(?<=the run was begun with ).*?(?=; )"), lambda found: _SETTING.sub(_flag, found[0])),
     (re.compile(r"\btrust_remote_code=True\b"), "--trust-remote-code"),
 )
+
+
+def _flag(name: re.Match[str]) -> str:
+    return f"--{name[1].replace('_', '-')}"
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def with_flags(message: str) -> str:
-    """A message of the library in the words of the command line."""
-    for pattern, flag in _FLAGS:
+def with_flags(message: str, own: Sequence[Words] = ()) -> str:
+    """A message of the library in the words of the command line; `own` are those of one command."""
+    for pattern, flag in (*own, *_FLAGS):
         message = pattern.sub(flag, message)
     return message
 
 
-def say(kind: str, message: str) -> None:
+def say(kind: str, message: str, own: Sequence[Words] = ()) -> None:
     """One line on standard error."""
-    print(f"{kind}: {'; '.join(with_flags(message).splitlines())}", file=sys.stderr, flush=True)
+    write_error(f"{kind}: {'; '.join(with_flags(message, own).splitlines())}")
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
     """A command whose moetier errors, interrupts and broken pipes end it in one line or none."""
+    return reported_with()(command)
 
+
+def reported_with(*own: Words) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """The same for a command that has words of its own for some of the library's."""
+    return lambda command: _reported(command, own)
+
+
+def _reported(command: Callable[P, R], own: Sequence[Words]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
@@ -67,13 +85,13 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             sys.stdout.flush()  # here, where a broken pipe is still expected
             return result
         except MoetierError as error:
-            say("error", str(error))
+            say("error", str(error), own)
             raise typer.Exit(next((code for kind, code, _ in EXIT_CODES if isinstance(error, kind)), 1)) from None
         except KeyboardInterrupt:
-            print("\ninterrupted", file=sys.stderr)
+            write_error("\ninterrupted")
             raise typer.Exit(130) from None
         except BrokenPipeError:  # the reader has seen enough: that is no error, and there is nobody to tell
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            let_go()
             raise typer.Exit(0) from None
 
     return wrapper

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from moetier.cli.console import Console
 from moetier.cli.costs import calibration_of
 from moetier.cli.loading import loaded
 from moetier.errors import ConfigError

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from moetier.access import Phase
+from moetier.cli.console import Console
 from moetier.cli.errors import say
 from moetier.errors import CheckpointError, ConfigError
 from moetier.threads import CoreWatch, check_threads, delayed

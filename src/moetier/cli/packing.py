@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported, say
 from moetier.cli.loading import find, import_libraries
 from moetier.errors import ConfigError, StoreError

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.costs import measure_costs, show_costs
 from moetier.cli.errors import reported, with_flags
 from moetier.cli.forecasting import Asked, make_forecast, show_forecast

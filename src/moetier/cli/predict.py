@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import find, import_libraries, load_tokenizer, loaded

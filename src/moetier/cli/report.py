@@ -36,11 +36,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moetier import __version__
 from moetier.access import Phase
+from moetier.cli.console import Console
 from moetier.levers import Levers
 from moetier.plan import Plan, format_size
 

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moetier.cli import options as o
+from moetier.cli.console import Console, write_error
 from moetier.cli.errors import reported, say
 from moetier.cli.files import check_file, check_writable, write_text
 from moetier.cli.generating import Generation, check_finite, speed, tokenise
@@ -134,7 +134,7 @@ def run(
     show(result, console)
     if recorded is not None and not quiet:
         lost = f"; the first {recorded.dropped} events did not fit" if recorded.dropped else ""
-        print(f"timeline: {timeline}: open it at https://ui.perfetto.dev{lost}", file=sys.stderr)
+        write_error(f"timeline: {timeline}: open it at https://ui.perfetto.dev{lost}")
     if stats_json is not None:
         write_text(stats_json, json.dumps(result, indent=2) + "\n", "--stats-json")
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.grid import REFILLS, Grid, Machine

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable, write_text
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moetier.cli.console import Console
 from moetier.cli.errors import say
 from moetier.cli.grid import Grid
 from moetier.errors import ConfigError

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moetier.cli import options as o
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.errors import ConfigError
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from moetier.cli.console import Console
 
 
 def show(summary: dict[str, Any], console: Console) -> None:

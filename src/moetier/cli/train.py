@@ -6,6 +6,7 @@ The JSON (`--json`) is what `moetier.training.synthetic_run.train` reports, vers
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
 from moetier.cli import options as o
 from moetier.cli import train_lm
-from moetier.cli.errors import reported
+from moetier.cli.console import Console
+from moetier.cli.errors import reported_with
 from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import import_libraries
 from moetier.errors import ConfigError
@@ -45,6 +46,12 @@ app = typer.Typer(cls=Training, no_args_is_help=True)
 app.command("lm")(train_lm.language_model)
 
 _TASK, _MODEL, _DATA, _LOOP = "Task", "Model", "Order of the data", "Training"
+WORDS = (  # it keeps one checkpoint
+    (
+        re.compile(r"\b(go on from|use) another step\b( \(there are: .*\))?"),
+        "begin a new run in another folder with --run",
+    ),
+)
 _MEMORY, _RUN, _OUT = "Experts and memory", "Run folder", "Output"
 
 
@@ -61,7 +68,7 @@ def _root() -> None:
 
 
 @app.command("synthetic")
-@reported
+@reported_with(*WORDS)
 def synthetic(
     n_envs: Annotated[int, _number("Environments, each with a teacher of its own.", _TASK)] = 64,
     samples_per_env: Annotated[int, _number("Samples of each environment; an epoch is all of them.", _TASK)] = 256,
@@ -247,9 +254,9 @@ def synthetic(
 
     with _line(console, steps) as tell:
         report = train(settings, make, tell)
-    show(report, Console(stderr=True, quiet=quiet, highlight=False))
     if json_file is not None:
         write_text(json_file, json.dumps(report, indent=2) + "\n", "--json")
+    show(report, Console(stderr=True, quiet=quiet, highlight=False))
 
 
 @contextmanager

@@ -1,38 +1,33 @@
 """`moetier train MODEL TEXTS`: train a causal language model on text files, experts out of core.
 
-The folder `--out` holds
-
-    train.toml    the command's options: `moetier train --config OUT/train.toml --resume` goes on
-    initial/      with --from-scratch: the checkpoint that training began with
-    run/          the run folder (docs/training.md)
-
-The JSON (`--json`) is what `moetier.cli.train_report.report` says.
+The folder `--out` is that of `train_folder.py`; the JSON (`--json`) is what `moetier.cli.train_report.report` says.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.resources import as_file, files
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moetier.cli import options as o
-from moetier.cli.errors import reported, say
-from moetier.cli.files import check_folder, check_writable, write_text
+from moetier.cli.console import Console
+from moetier.cli.errors import reported_with, say
+from moetier.cli.files import check_writable, write_text
 from moetier.cli.loading import device_of, find, import_libraries, load_tokenizer, loaded, unused_on_cpu
 from moetier.cli.settings_file import SettingsFile, settings_text
-from moetier.cli.train_report import Teller, report, show
-from moetier.errors import ConfigError, MoetierError, StoreError
+from moetier.cli.stopping import stopped_by
+from moetier.cli.train_folder import check_export, check_folders, initial, save
+from moetier.cli.train_report import Teller, board_writer, report, show
+from moetier.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from moetier.loading import CheckedFolder
@@ -42,7 +37,10 @@ if TYPE_CHECKING:
 _DATA, _LOOP, _MEMORY = "Texts", "Training", "Experts and memory"
 _MACHINE, _RUN, _OUT = "Model and machine", "Run", "Output"
 DEMO = "demo"
-ECHO = 0.5  # seconds in which a second signal is the first one again: timeout and others pass on what all were sent
+WORDS = (
+    (re.compile(r"^step: "), "--resume-from: "),
+    (re.compile(r"\b(go on from|use) another step\b"), r"\1 another step, with moetier train lm --resume-from"),
+)
 
 
 def _number(help: str, panel: str, least: int = 1, metavar: str = "N") -> Any:
@@ -57,7 +55,7 @@ def _real(help: str, panel: str) -> Any:
     return typer.Option(metavar="X", min=0.0, help=help, rich_help_panel=panel)
 
 
-@reported
+@reported_with(*WORDS)
 def language_model(
     context: typer.Context,
     model: Annotated[
@@ -254,7 +252,7 @@ def language_model(
         for line in [] if quiet else unused_on_cpu(device, options):
             say("warning", line)
         if isinstance(found, Path):
-            found = checked(initial(found, folder, settings, resume, console, trust_remote_code))
+            found = checked(initial(found, folder, settings, console, trust_remote_code))
         tiering |= {"device": device, "dtype": dtype} | ({"trust_remote_code": True} if trust_remote_code else {})
         begin = time.perf_counter()
         lm = stack.enter_context(loaded(found, console, verbose, **tiering))
@@ -282,7 +280,7 @@ def language_model(
             stack.callback(board.close)
         teller = Teller(console, training, data, held_out, log_every, board)
         again = f"moetier train --config {shlex.quote(str(folder / 'train.toml'))} --resume"
-        with teller, stopped_by(again) as stop:
+        with teller, stopped_by(again, console) as stop:
             try:
                 run(training, held_out, eval_every, commit_every, teller, stop)
             except StoreError as error:
@@ -333,54 +331,6 @@ def run(
         training.commit()
 
 
-def check_export(export: str, source: Path, folder: Path) -> None:
-    """Raise `ConfigError` for a folder that the trained model could not be saved to, before it is trained."""
-    check_folder(export, "--export")
-    if Path(export).expanduser().resolve() in (source.resolve(), initial_of(folder).resolve()):
-        raise ConfigError(f"--export {export}: holds the checkpoint that training begins with; give another folder")
-
-
-def save(model: Any, tokenizer: Any, export: str, again: str) -> None:
-    """Make an ordinary checkpoint. Raises `StoreError` that says how to try `again`: what was trained is committed."""
-    folder, what = Path(export).expanduser(), "model"
-    try:
-        model.save_pretrained(folder)
-        what = "tokenizer"
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # Rust's writers of tokenizers raise nothing finer
-        told = str(error) if isinstance(error, MoetierError) else f"{export}: the {what} could not be saved: {error}"
-        if isinstance(error, ConfigError):
-            raise
-        raise StoreError(
-            f"{told}; the run is committed, and can be saved later with: {again} --export {shlex.quote(export)}"
-        ) from error
-
-
-@contextmanager
-def stopped_by(again: str) -> Iterator[list[str]]:
-    """SIGINT and SIGTERM put their name into the list that is given; a second one interrupts at once."""
-    asked: list[str] = []
-    first = 0.0
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if asked and time.monotonic() < first + ECHO:
-            return
-        if asked:
-            say("stopped", f"at once; go on from the last checkpoint with: {again}")
-            raise KeyboardInterrupt
-        asked.append(signal.Signals(number).name)
-        first = time.monotonic()
-        say("stopping", "the step is finished and committed first; again to stop at once")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tuple[int | None, int | None]:
     """How long to train: of steps and epochs at most one, where a flag wins over a file. Raises `ConfigError`."""
     if steps is None or epochs is None:
@@ -389,26 +339,6 @@ def one_of(context: typer.Context, steps: int | None, epochs: int | None) -> tup
     if sources.count("COMMANDLINE") != 1:
         raise ConfigError("--steps and --epochs both say how long to train; give one")
     return (steps, None) if sources[0] == "COMMANDLINE" else (None, epochs)
-
-
-def check_folders(folder: Path, resume: bool) -> None:
-    """Raise `ConfigError` for a run that is to begin where something is, or to go on where nothing is."""
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--out {folder}: is a file; give a folder")
-        there = folder.is_dir() and any(folder.iterdir())
-        begun = any((folder / "run" / "steps").glob("step-*"))
-    except OSError as error:
-        raise StoreError(f"--out {folder}: cannot be read: {error.strerror}") from None
-    ours = (folder / "train.toml").is_file() or (folder / "run").is_dir() or (folder / "initial").is_dir()
-    if resume and not ours:
-        raise ConfigError(f"--resume: {folder} holds no run; leave it out to begin one there")
-    if there and not resume:
-        what = "holds other files; give"
-        if ours:
-            what = "holds a run already; go on with --resume, or give"
-            what = what if begun else "holds a run without a checkpoint yet; begin it with --resume, or give"
-        raise ConfigError(f"--out {folder}: {what} another folder")
 
 
 def model_folder(
@@ -428,42 +358,3 @@ def model_folder(
     if from_scratch:
         return resolve(model, **({"revision": revision} if revision else {}))
     return find(str(path) if path.exists() else model, revision, console)
-
-
-def initial_of(folder: Path) -> Path:
-    """Where a run keeps the checkpoint with random weights that it begins with."""
-    return folder / "initial"
-
-
-def initial(source: Path, folder: Path, settings: Any, resume: bool, console: Console, trust_remote_code: bool) -> Path:
-    """The checkpoint with random weights that the run begins with, made unless it is there."""
-    from moetier.training.from_scratch import config_of, make_checkpoint
-
-    made = initial_of(folder)
-    if not made.is_dir():
-        if resume and (folder / "run").is_dir():
-            raise StoreError(f"{made}: the checkpoint that the run began with is gone, and it needs it")
-        with console.status("making random weights"):
-            make_checkpoint(
-                config_of(source, trust_remote_code), made, settings.seed, settings.dtype, trust_remote_code
-            )
-    return made
-
-
-def board_writer(folder: str | None) -> Callable[[int], Any] | None:
-    """Makes a writer for TensorBoard that begins with a step. Raises `ConfigError` where it is not installed."""
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError("--tensorboard needs the package tensorboard; install moetier[tensorboard]") from None
-
-    def make(step: int) -> Any:
-        try:
-            # what a run that was killed had logged after its last checkpoint is made again, and shown once
-            return SummaryWriter(os.path.expanduser(folder), purge_step=step if step > 1 else None)
-        except OSError as error:
-            raise ConfigError(f"--tensorboard {folder}: cannot be written: {error.strerror or error}") from None
-
-    return make

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from moetier import __version__
+from moetier.cli.console import Console
+from moetier.errors import ConfigError
 from moetier.plan import format_size
 from moetier.training.balance import NUMBERS
 
@@ -254,3 +256,22 @@ def routing_rows(bent: dict[str, Any] | None) -> list[tuple[str, str, str]]:
         ),
         ("spread", f"{bent['cv']:.3f}", f"of tokens per expert, deviation ÷ mean; own: {bent['cv_own']:.3f}"),
     ]
+
+
+def board_writer(folder: str | None) -> Callable[[int], Any] | None:
+    """Makes a writer for TensorBoard that begins with a step. Raises `ConfigError` where it is not installed."""
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("--tensorboard needs the package tensorboard; install moetier[tensorboard]") from None
+
+    def make(step: int) -> Any:
+        try:
+            # what a run that was killed had logged after its last checkpoint is made again, and shown once
+            return SummaryWriter(os.path.expanduser(folder), purge_step=step if step > 1 else None)
+        except OSError as error:
+            raise ConfigError(f"--tensorboard {folder}: cannot be written: {error.strerror or error}") from None
+
+    return make

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from moetier.cli.console import Console
 from moetier.cli.errors import reported
 from moetier.cli.files import check_writable
 from moetier.errors import ConfigError

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +24,69 @@ from moetier.errors import CheckpointError, StoreError
 from moetier.loading import translate
 
 SHARD = 1 << 30  # bytes after which a file is closed
+RECIPE = "moetier-initial.json"  # in the checkpoint: what it was made from
+NOT_VALUES = ("transformers_version", "_name_or_path")  # of a config: no weight follows from them
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What random weights follow from: the config as its file has it, the seed, and `dtype` (auto: the config's)."""
+
+    config: Mapping[str, Any]
+    seed: int
+    dtype: str
+
+    @classmethod
+    def of(cls, place: Path, seed: int, dtype: str) -> Recipe:
+        """From a folder with a config, or its file. Raises `CheckpointError`."""
+        config = read_config(place)
+        return cls({name: value for name, value in config.items() if name not in NOT_VALUES}, seed, dtype)
+
+    @classmethod
+    def load(cls, folder: Path) -> Recipe | None:
+        """That of a checkpoint; None where it does not say."""
+        try:
+            return cls(**json.loads((folder / RECIPE).read_text("utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def save(self, folder: Path) -> None:
+        """Write it. Raises OSError."""
+        (folder / RECIPE).write_text(json.dumps(asdict(self), indent=2, sort_keys=True) + "\n", "utf-8")
+
+    def difference(self, before: Recipe) -> str:
+        """What was another one before, by its flag; empty where nothing was."""
+        pairs = {"--seed": (before.seed, self.seed), "--dtype": (before.dtype, self.dtype)}
+        for name in sorted(before.config.keys() | self.config.keys()):
+            pairs[f"the model's {name}"] = before.config.get(name), self.config.get(name)
+        return ", ".join(f"{name} {old}, not {new}" for name, (old, new) in pairs.items() if old != new)
+
+
+def read_config(place: Path) -> dict[str, Any]:
+    """The values in a folder's config or in a JSON file. Raises `CheckpointError`."""
+    file = place / "config.json" if place.is_dir() else place
+    try:
+        return dict(json.loads(file.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: no config ({error}); give a folder with config.json, or such a file") from None
 
 
 def config_of(place: Path, trust_remote_code: bool = False) -> Any:
     """The config in a folder or in a JSON file. Raises `CheckpointError`."""
-    file = place / "config.json" if place.is_dir() else place
-    try:
-        json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: no config ({error}); give a folder with config.json, or such a file") from None
+    read_config(place)
     try:
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a config class raises
         raise translate(error, place) from error
 
 
-def make_checkpoint(config: Any, folder: Path, seed: int, dtype: str, trust_remote_code: bool = False) -> None:
-    """Write a new checkpoint; the folder is there when it is complete. `dtype` auto is that of the config.
+def make_checkpoint(config: Any, folder: Path, recipe: Recipe, trust_remote_code: bool = False) -> None:
+    """Write a new checkpoint from the config of the recipe; the folder is there when it is complete.
 
     Raises `CheckpointError` for a config that makes no model, `StoreError` where it cannot be written.
     """
     draft = folder.with_name(f".{folder.name}.draft")
-    chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
+    chosen = getattr(config, "dtype", None) if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -55,11 +98,12 @@ def make_checkpoint(config: Any, folder: Path, seed: int, dtype: str, trust_remo
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(recipe.seed)
             _write(model, draft)
         model.config.save_pretrained(draft)
         if model.can_generate():
             model.generation_config.save_pretrained(draft)
+        recipe.save(draft)
         os.replace(draft, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -37,7 +37,7 @@ class CacheAwareRouting:
 
     def __init__(self, model: Any, levers: Levers, weights: ExpertCache, counts: Sequence[int], top_k: int):
         levers.check()
-        slots = weights.host.slots
+        slots = weights.core.configs[0].slots  # where the model computes: on a GPU, of its memory
         if slots < 2:
             raise ConfigError(f"{levers}: experts can be kept in at most half of the slots, and there is 1; give more")
         self.levers, self.kept = levers, KeptExperts(counts, quota_of(slots, counts))

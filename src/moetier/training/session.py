@@ -19,7 +19,7 @@ from moetier.training.allocator import give_holes_back
 from moetier.training.applied import Applied, Idle, When
 from moetier.training.caches import small_cache
 from moetier.training.engine import TrainingEngine
-from moetier.training.optimizers import RecordOptimizer
+from moetier.training.optimizers import RecordOptimizer, name_of
 from moetier.training.snapshots import (
     OPTIMIZER,
     RANDOM,
@@ -86,8 +86,8 @@ class TrainingSession:
         kind = f"{type(records).__module__}:{type(records).__qualname__}, idle={idle}"
         if self._saved is not None and self._saved["kind"] != kind:
             raise ConfigError(
-                f"{self.run.folder}: the run was trained with {self._saved['kind']}, this optimizer is {kind}; "
-                "go on with the same, or begin a new run in another folder"
+                f"{self.run.folder}: the run was trained with {_differing(self._saved['kind'], kind)}; give the same, "
+                "or begin a new run in another folder"
             )
         engine = self.engine
         layouts = [engine.weights.store.layout(layer) for layer in range(engine.weights.store.layers)]
@@ -249,7 +249,9 @@ class TrainingSession:
             raise ConfigError("make the optimizer before rewind()")
         saved = _checked(self.run.extra(step), self.run)
         if saved["kind"] != self._kind:
-            raise ConfigError(f"{self.run.folder}: step {step} was trained with {saved['kind']}")
+            raise ConfigError(
+                f"{self.run.folder}: step {step} was trained with {_differing(saved['kind'], self._kind)}"
+            )
         self.engine.clear()
         self.engine.rewind(partial(self.run.go_back, step), saved)
         self._begin()
@@ -259,6 +261,12 @@ class TrainingSession:
         """Stop threads and close files; what was not committed is lost. The cache of weights is the model's."""
         self.engine.close()
         self.run.close()
+
+
+def _differing(before: str, now: str) -> str:
+    """How two kinds of update differ, of the form `package.module:Class, idle=dense` as checkpoints keep it."""
+    pairs = zip(("optimizer", "idle"), before.split(", idle="), now.split(", idle="), strict=True)
+    return " and ".join(f"{what} {name_of(old)}, not {name_of(new)}" for what, old, new in pairs if old != new)
 
 
 def _checked(saved: Any, run: RunFolder) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from moetier.training.optimizers.settings import Hyper, Settings
 from moetier.training.optimizers.sgd import SGD, Momentum
 from moetier.training.optimizers.usage import Usage
 
-__all__ = ["OPTIMIZERS", "Fields", "Hyper", "RecordOptimizer", "Settings", "check_optimizer", "make_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "Fields",
+    "Hyper",
+    "RecordOptimizer",
+    "Settings",
+    "check_optimizer",
+    "make_optimizer",
+    "name_of",
+]
 
 
 class RecordOptimizer(Protocol):
@@ -84,6 +93,12 @@ def make_optimizer(text: str) -> RecordOptimizer:
     """
     optimizer: RecordOptimizer = build("optimizer", text, OPTIMIZERS)
     return optimizer
+
+
+def name_of(place: str) -> str:
+    """The registry's name for `"package.module:Class"`; the place itself where it has none."""
+    names = {f"{made.__module__}:{getattr(made, '__qualname__', '')}": name for name, made in OPTIMIZERS.items()}
+    return names.get(place, place)
 
 
 def check_optimizer(text: str) -> None:
