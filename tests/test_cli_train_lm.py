@@ -110,6 +110,9 @@ def test_from_scratch_with_a_file_of_options(model: Path, text: Path, tmp_path: 
     first, last = found["evaluations"]
     assert first["step"] == 0 and last["step"] == 16 and last["loss"] < first["loss"] - 0.3
     assert found["caches"]["state"]["tiers"][0]["write_backs"] and found["steps"]["written_bytes"][-1]
+    kept = found["activations"]
+    assert kept["nbytes"] and kept["kept"] == 2 * 16 and not kept["recomputed"]
+    assert "32 of 32 layers' forwards kept" in shown
 
     trained = AutoModelForCausalLM.from_pretrained(saved)
     assert (saved / "tokenizer.json").is_file() and (saved / "generation_config.json").is_file()
@@ -235,7 +238,7 @@ def test_refused(model: Path, text: Path, tmp_path: Path, args: tuple[object, ..
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("stepps = 3", "unknown key stepps; there are accumulation, aux-loss"),
+        ("stepps = 3", "unknown key stepps; there are accumulation, activation-memory, aux-loss"),
         ("steps = true", "steps = true: one value is needed"),
         ("steps = 'many'", "steps: "),
         ("steps = 0", "steps: "),

@@ -161,6 +161,8 @@ def report(
                         evaluations and checkpoints read and write between steps is not in them
     evaluations         step, loss, perplexity of each
     bytes               read and written in all, from and to the run folder and the scratch file
+    activations         room for what forward keeps of experts, in bytes; layers' forwards that kept theirs, and those
+                        that backward computed again
     caches              by name (weights, state, gradients): what `ExpertCache.stats` says, and hit rates by tier
     routing             only where experts are favoured: settings; what `Tally.summary` says of all steps made now,
                         per layer too; and under `steps` its numbers as lists, one entry a step
@@ -198,6 +200,7 @@ def report(
         "steps": {name: [getattr(step, name) for step in teller.steps] for name in fields},
         "evaluations": [asdict(found) | {"perplexity": found.perplexity} for found in teller.evaluations],
         "bytes": {"read": counters["read_bytes"], "written": counters["written_bytes"]},
+        "activations": training.model.moetier.activations.report(),
         "caches": caches,
         **routing,
         "seconds": {"load": load_seconds, "train": teller.seconds},
@@ -233,6 +236,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         for name in ("read", "written"):
             said = f"a step; {format_size(result['bytes'][name])} with evaluations and checkpoints"
             table.add_row(name, format_size(sum(steps[f"{name}_bytes"]) // count), said)
+        kept, again = (result["activations"][name] for name in ("kept", "recomputed"))
+        said = f"for up projections: {kept} of {kept + again} layers' forwards kept theirs for backward"
+        table.add_row("room", format_size(result["activations"]["nbytes"]), said)
         for row in routing_rows(result.get("routing")):
             table.add_row(*row)
         table.add_row("dirty", format_size(max(steps["dirty_bytes"])), "at most, at the end of a step")
