@@ -153,7 +153,7 @@ def test_mistakes(tmp_path: Path) -> None:
         tiered(replace(SMALL, n_experts=13, seed=1), folder=folder, resume=True)
     with pytest.raises(ConfigError, match="episode_length 4"):
         tiered(replace(SMALL, episode_len=5), folder=folder, resume=True)
-    with pytest.raises(ConfigError, match="AdamW"):
+    with pytest.raises(ConfigError, match="optimizer adamw, not sgd"):
         tiered(replace(SMALL, optim="sgd"), folder=folder, resume=True)
     RunFolder.create(tmp_path / "other", model="something", fingerprint="x").close()
     with pytest.raises(ConfigError, match="trains something"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import moetier
+from moetier.access import ExpertKey
 from training import (
     NAME,
     OPTIMIZERS,
@@ -278,3 +279,26 @@ def test_memory_is_divided_out_of_one_budget(checkpoint: Get, trained: Get) -> N
         assert model.moetier.plan.host_total_nbytes <= budget
         assert loop(model, optimizer, range(1)) == loop(plain, other, range(1))
         assert_same(model, plain)
+
+
+def test_backward_loads_the_states_that_the_step_begins_with(trained: Get) -> None:
+    """Those of the first layer that the last forward used; its updates then wait for none of them."""
+    model = trained(slots=6, state_slots=6)
+    optimizer = moetier.AdamW(model, lr=0.01)
+    state = model.moetier.training.engine.applied.state
+    for step in range(3):
+        with torch.enable_grad():
+            loss = model(**batch(step)).loss
+            *_, first = model.moetier.tape.coming()
+            loss.backward()
+        state.settle()
+        expected = first.keys[:3]  # half of the slots
+        assert first.layer == 0 and all(state.holding(expected))
+        assert not step or sum(state.holding([ExpertKey(2, expert) for expert in range(8)])) <= 3
+        before = state.stats()["tiers"][0]["lates"][0] + state.stats()["tiers"][0]["misses"][0]
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(**batch(step))
+        after = state.stats()["tiers"][0]
+        assert after["lates"][0] + after["misses"][0] - before <= 8 - 3

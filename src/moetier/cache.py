@@ -234,6 +234,7 @@ class ExpertCache:
         with self._condition:
             if self._closed:
                 raise MoetierError("the expert cache is closed")
+            self._drain()  # a slot whose record has been written home takes the load that waits for it
             for key in keys:
                 if began == most:
                     break

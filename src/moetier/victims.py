@@ -75,10 +75,10 @@ def eligible(core: Residency, tier: Tier, need: int, access: Access, background:
 def is_new(core: Residency, entry: Entry) -> bool:
     """Loaded in this round of the model; if it was prefetched and not demanded yet, in this or the last.
 
-    In forward and backward of a training step the order is known, and a pass has no use for what it left behind: only
-    what was not demanded yet is new, and whatever the next layer may need.
+    In a training step the order is known, and a pass has no use for what it left behind: only what was not demanded yet
+    is new, and whatever the next layer may need.
     """
     last = core._last
-    if last.part in (Part.FORWARD, Part.BACKWARD):
-        return entry.prefetched or entry.key.layer == last.layer + (1 if last.part is Part.FORWARD else -1)
+    if last.part is not Part.SERVE:  # updates go up through the layers, as forward does
+        return entry.prefetched or entry.key.layer == last.layer + (-1 if last.part is Part.BACKWARD else 1)
     return entry.round >= core._round - entry.prefetched

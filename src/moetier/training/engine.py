@@ -60,6 +60,7 @@ class TrainingEngine:
         self.upcoming: Callable[[], tuple[Sequence[Settings | None], Scale]] | None = None
         self.coming: Callable[[], Iterator[Access]] = lambda: iter(())  # forwards whose backward is next
         self._ahead: dict[ExpertKey, None] = {}  # experts whose gradients are next, about in this order
+        self._first: Sequence[ExpertKey] = ()  # experts of the first layer, whose updates come first
         self.owes = False  # the checkpoint's experts owe steps, and there is no optimizer yet to make them
         self._begun: dict[int, tuple[Hyper, Scale]] = {}  # layers whose step has begun during backward
         self._at_once: dict[int, dict[ExpertKey, float]] = {}  # squared norms, by layer, of what is applied
@@ -172,6 +173,8 @@ class TrainingEngine:
         following = next(self.coming(), None)
         if following is not None and self.trains(following.layer):
             self._ahead.update(dict.fromkeys(following.keys))
+        *_, first = access, *self.coming()
+        self._first = first.keys if self.trains(first.layer) else ()
         self._load_ahead()
         yield self.add
         if self.outbound is None:
@@ -192,11 +195,16 @@ class TrainingEngine:
             self.show(self._unshown.pop())
 
     def _load_ahead(self) -> None:
-        """Load what the next gradients of this backward go to: their sums, or the states that they are applied to."""
+        """Load what the next gradients of this backward go to: their sums, or the states that they are applied to.
+
+        Beside the sums the states that the step's updates begin with, while the disk has time. They take the slots of
+        the last layer's, which the updates would take from them anyway.
+        """
         if self.applied is None:
             return
         if self.applied.when == "step":
             load_ahead(self.gradients.cache, self._ahead)
+            self.applied.load_states_ahead(self._first)
         else:
             self.applied.load_states_ahead(self._ahead)
 
