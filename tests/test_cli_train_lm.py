@@ -221,6 +221,7 @@ def test_stopped_and_resumed(model: Path, text: Path, tmp_path: Path, monkeypatc
             "--state-slots: '0%' must be",
             2,
         ),
+        (("{model}", "{text}", "--out", "{new}", "--activation-memory", "lots"), "--activation-memory: 'lots' is", 2),
         (("sythetic", "--steps", 4), "MODEL and TEXTS", 2),
         (("--config", "{new}.toml"), "{new}.toml: cannot be read: No such file", 2),
     ],

@@ -26,7 +26,7 @@ Words = tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]  # of the l
 _SETTING = re.compile(r"(?:^|(?<=, ))(?!not\b)(\w+)(?= \S.*?, not )")  # of a list: lr 0.1, not 0.2, batch_size 2, not 3
 
 _FLAGS: tuple[Words, ...] = (  # the library names its arguments, a user of the command line knows flags
-    (re.compile(r"(?<![\w./-])(device|host)_memory(?![\w./-])"), r"--\1-memory"),
+    (re.compile(r"(?<![\w./-])(device|host|activation)_memory(?![\w./-])"), r"--\1-memory"),
     (re.compile(r"(?<![\w./-])cpu_experts(?![\w./-])"), "--cpu-experts"),
     (re.compile(r"^(resume|ray|slots|policy|admission|context|readers|io|store|split): "), r"--\1: "),
     (re.compile(r"^pin_after: "), "--pin-after: "),
