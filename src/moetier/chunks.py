@@ -20,7 +20,7 @@ import torch
 from moetier.access import Access, ExpertKey
 from moetier.arenas import HostArena
 from moetier.errors import CapacityError, MoetierError
-from moetier.experts import Routing
+from moetier.experts import Routing, up_name
 from moetier.mover import ThreadMover
 from moetier.overlap import Clocks
 from moetier.plan import ChunkPlan
@@ -213,7 +213,7 @@ def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slice
         return torch.zeros_like(hidden)
     edges = list(accumulate(routing.tokens, initial=0))
     rows = routing.rows(hidden)
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_field = up_name(module)
     up = down = rows.new_empty(0)
     with closing(slices):
         for part in slices:
@@ -221,7 +221,7 @@ def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slice
             begin, end = edges[number], edges[number + 1]
             weight = part.weight if module.is_transposed else part.weight.t()
             first, last = part.outputs.start, part.outputs.stop
-            if part.field == up_name:
+            if part.field == up_field:
                 if first == 0:
                     up = rows.new_empty(end - begin, part.width, dtype=weight.dtype)
                 torch.mm(rows[begin:end].to(weight.dtype), weight, out=up[:, first:last])
@@ -231,7 +231,7 @@ def forward_in_slices(module: Any, hidden: torch.Tensor, routing: Routing, slice
                     if not len(down):
                         down = rows.new_empty(rows.size(0), part.width, dtype=weight.dtype)
                 torch.mm(up.to(weight.dtype), weight, out=down[begin:end, first:last])
-            elif part.field == f"{up_name}_bias":  # a bias comes after its matrix
+            elif part.field == f"{up_field}_bias":  # a bias comes after its matrix
                 up.add_(part.weight)
             else:
                 down[begin:end].add_(part.weight)
@@ -264,5 +264,5 @@ def open_slices(store: SlicedStore, modules: Sequence[Any], plan: ChunkPlan, rea
 
 def fields_in_order(module: Any) -> list[str]:
     """The fields of an experts module as `forward_in_slices` wants them."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up = up_name(module)
     return [up, f"{up}_bias", "down_proj", "down_proj_bias"] if module.has_bias else [up, "down_proj"]

@@ -34,9 +34,14 @@ if TYPE_CHECKING:
     from moetier.cpu_share import InPlace
 
 
+def up_name(module: Any) -> str:
+    """The field of the up projection, with that of a gate in it if there is one."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
 def per_expert_parameters(module: torch.nn.Module) -> list[str]:
     """Names of the module's parameters whose first dimension is the expert."""
-    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up = up_name(module)
     names = [up, "down_proj"]
     return [*names, f"{up}_bias", "down_proj_bias"] if module.has_bias else names
 
@@ -177,7 +182,7 @@ def forward_from_leases(
     if torch.result_type(down, gates) != down.dtype:
         return routing.combine(hidden, down * gates)
     # in place: a large step's rows are fresh pages otherwise, which cost more than what is done to them
-    return routing.combine(hidden, down.mul_(gates), None if routing.unsorted else rows)
+    return routing.combine(hidden, down.mul_(gates), rows)
 
 
 def expert_math(module: Any, rows: torch.Tensor, fields: Fields) -> torch.Tensor:
@@ -197,23 +202,25 @@ class _Math:
         self, module: Any, rows: torch.Tensor, fields: Fields, tokens: tuple[int, ...], keep: Keep | None = None
     ):
         self.module = module
-        self.up_name = "gate_up_proj" if module.has_gate else "up_proj"
+        self.up_name = up_name(module)
         self.up_bias = f"{self.up_name}_bias"
         weight = fields[self.up_name]
+        width = outputs_of(weight, module.is_transposed)
         self.down = _buffer(rows, fields["down_proj"], module.is_transposed)
-        self._inner = outputs_of(weight, module.is_transposed) // (2 if module.has_gate else 1)
+        self._inner = width // (2 if module.has_gate else 1)
         self._tokens = tokens
         self._ends = list(accumulate(tokens))
         self._rows = rows.to(weight.dtype).split_with_sizes(tokens)
         self._downs = self.down.split_with_sizes(tokens)
-        self._many = len(rows) * outputs_of(weight, module.is_transposed) * weight.itemsize > AT_ONCE
-        width = outputs_of(weight, module.is_transposed)
+        self._many = len(rows) * width * weight.itemsize > AT_ONCE
+        self._ups: tuple[
+            torch.Tensor, ...
+        ] = ()  # of all experts; without them each has its own in turn
         up = None if keep is None else keep(len(rows), width, weight.dtype)
         if up is None and not self._many:
             up = _buffer(rows, weight, module.is_transposed)
         if up is not None:
             self.up, self._ups = up, up.split_with_sizes(tokens)
-        self._has_room = up is not None
 
     def compute(self, run: Run) -> None:
         """Experts whose rows touch."""
@@ -238,7 +245,7 @@ class _Math:
     def _compute_many(self, number: int, fields: Fields) -> None:
         """One expert of a large step: what is between its products is there for this expert only."""
         transposed, rows = self.module.is_transposed, self._rows[number]
-        up = self._ups[number] if self._has_room else _buffer(rows, fields[self.up_name], transposed)
+        up = self._ups[number] if self._ups else _buffer(rows, fields[self.up_name], transposed)
         _linear(rows, fields[self.up_name], fields.get(self.up_bias), transposed, up)
         bias = fields.get("down_proj_bias")
         _linear(self._activated(up), fields["down_proj"], bias, transposed, self._downs[number])

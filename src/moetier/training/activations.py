@@ -24,7 +24,7 @@ class Activations:
         self._room: torch.Tensor | None = None
         self._used: list[tuple[int, int]] = []  # begin and end of every block, ascending
         self._lock = threading.Lock()
-        # blocks that nobody holds any more: a garbage collection may end one at any moment, also within `_take`
+        # blocks that nobody holds any more: a garbage collection may end one at any moment, also within `take`
         self._left: deque[int] = deque()
 
     def block(self) -> Block:
@@ -41,13 +41,14 @@ class Activations:
             while self._left:
                 left = self._left.popleft()
                 self._used = [span for span in self._used if span[0] != left]
-            begin = self._gap(round_up(nbytes, PAGE))
+            size = round_up(nbytes, PAGE)
+            begin = self._gap(size)
             if begin is None:
                 self.recomputed += 1
                 return None
             if self._room is None:
                 self._room = torch.empty(self.nbytes, dtype=torch.uint8, device=self._device)
-            self._used = sorted([*self._used, (begin, begin + round_up(nbytes, PAGE))])
+            self._used = sorted([*self._used, (begin, begin + size)])
             self.kept += 1
             return begin, self._room[begin : begin + nbytes]
 

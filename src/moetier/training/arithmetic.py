@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from moetier.experts import up_name
+
 Fields = dict[str, torch.Tensor]
 
 
@@ -87,11 +89,6 @@ def activated(module: Any, up: torch.Tensor, autocast: Autocast) -> torch.Tensor
     with autocast.on():
         h: torch.Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
         return h
-
-
-def up_name(module: Any) -> str:
-    """The field of the up projection."""
-    return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, is_transposed: bool) -> torch.Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from moetier.experts import up_name
 from moetier.record import PAGE, RecordLayout, round_up
 from moetier.sizing import BASE_WORKSPACE, READER_NBYTES
-from moetier.training.arithmetic import up_name
 from moetier.training.outbound import DEPTH, outbound_nbytes
 
 SHORT, LONG = 16, 48  # tokens of the two forwards

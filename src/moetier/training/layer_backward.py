@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moetier.experts import Routing, per_expert_parameters
+from moetier.experts import Routing, per_expert_parameters, up_name
 from moetier.lease import Lease
 from moetier.training.arithmetic import (
     Autocast,
@@ -23,7 +23,6 @@ from moetier.training.arithmetic import (
     activated,
     down_gradients,
     up_gradients,
-    up_name,
     up_product,
     weighted_rows,
 )
