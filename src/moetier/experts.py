@@ -213,9 +213,7 @@ class _Math:
         self._rows = rows.to(weight.dtype).split_with_sizes(tokens)
         self._downs = self.down.split_with_sizes(tokens)
         self._many = len(rows) * width * weight.itemsize > AT_ONCE
-        self._ups: tuple[
-            torch.Tensor, ...
-        ] = ()  # of all experts; without them each has its own in turn
+        self._ups: tuple[torch.Tensor, ...] = ()  # of all experts; without them each has its own in turn
         up = None if keep is None else keep(len(rows), width, weight.dtype)
         if up is None and not self._many:
             up = _buffer(rows, weight, module.is_transposed)
